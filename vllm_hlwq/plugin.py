@@ -1,2 +1,116 @@
+"""vLLM's entry point: adds the expert-cache flags to the command line and checks the finished configuration.
+
+``register`` runs in every vLLM process and may run more than once. It touches nothing but ``EngineArgs``: the layer
+is put in place by our worker, which is only chosen when the cache is on, so that off is stock vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .errors import ExpertCacheError
+from .options import ExpertCacheOptions, config_key, flag
+from .vllm_compat import borrow
+
+WORKER = "vllm_hlwq.worker.ExpertCacheWorker"
+_FROM_COMMAND_LINE = "_expert_cache_from_command_line"
+
+
 def register() -> None:
-    pass
+    """Extend vLLM's engine arguments, once."""
+    engine_args = borrow("EngineArgs")
+    if getattr(engine_args, "_expert_cache_flags", False):
+        return
+    engine_args._expert_cache_flags = True
+    stock_add_cli_args = engine_args.add_cli_args
+    stock_from_cli_args = engine_args.from_cli_args.__func__
+    stock_create_engine_config = engine_args.create_engine_config
+
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock_add_cli_args(parser)
+        add_flags(parser)
+        return parser
+
+    def from_cli_args(cls: Any, arguments: argparse.Namespace) -> Any:
+        made = stock_from_cli_args(cls, arguments)
+        merge_flags(made, arguments)
+        return made
+
+    def create_engine_config(self: Any, *positional: Any, **named: Any) -> Any:
+        vllm_config = stock_create_engine_config(self, *positional, **named)
+        try:
+            configure(vllm_config)
+        except ExpertCacheError as error:
+            if getattr(self, _FROM_COMMAND_LINE, False):
+                raise SystemExit(f"vllm: error: {error}") from None
+            raise
+        return vllm_config
+
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+    engine_args.from_cli_args = classmethod(from_cli_args)
+    engine_args.create_engine_config = create_engine_config
+
+
+def add_flags(parser: Any) -> None:
+    """Add the expert-cache group to a parser; a vLLM that has the flags itself keeps its own."""
+    if any(flag("cache_size") in action.option_strings for action in parser._actions):
+        return
+    group = parser.add_argument_group(
+        title="ExpertCache", description="Expert cache for mixture-of-experts models (vllm-hlwq)."
+    )
+    for name, field in ExpertCacheOptions.model_fields.items():
+        group.add_argument(
+            flag(name),
+            type=_whole_number,
+            default=None,
+            metavar="N",
+            help=f"{field.description} (default: {field.default})",
+        )
+
+
+def merge_flags(engine_args: Any, arguments: argparse.Namespace) -> None:
+    """Carry parsed flags into ``additional_config``.
+
+    Raises:
+        SystemExit: flag and ``--additional-config`` contradict each other.
+    """
+    setattr(engine_args, _FROM_COMMAND_LINE, True)
+    additional = dict(engine_args.additional_config or {})
+    for name in ExpertCacheOptions.model_fields:
+        key = config_key(name)
+        value = getattr(arguments, key, None)
+        if value is None:
+            continue
+        if additional.get(key, value) != value:
+            raise SystemExit(
+                f"vllm: error: {flag(name)} {value} contradicts --additional-config, which has {key}={additional[key]!r}; "
+                "give one of them"
+            )
+        additional[key] = value
+    engine_args.additional_config = additional
+
+
+def configure(vllm_config: Any) -> None:
+    """Check the configuration and choose our worker, if the cache is on.
+
+    Raises:
+        ExpertCacheError: an option is unusable or cannot be combined with the rest.
+    """
+    options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
+    if options.cache_size == 0:
+        return
+    from .checks import check_engine_config
+
+    check_engine_config(vllm_config, options)
+    vllm_config.parallel_config.worker_cls = WORKER
+
+
+def _whole_number(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of experts, 0 (off) or more")
+    return value

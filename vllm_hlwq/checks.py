@@ -1,0 +1,96 @@
+"""What is refused before any weight is loaded: each refusal is one line with thing, value and remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .checkpoint_files import check_checkpoint_files
+from .errors import ExpertCacheError
+from .options import ExpertCacheOptions, flag
+from .vllm_compat import borrow
+
+STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
+EXPERT_NAME_SEGMENTS = frozenset({"experts", "routed_experts"})
+
+
+def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
+    """Check a finished vLLM configuration against a cache that is on.
+
+    Raises:
+        ExpertCacheError: the model or another setting cannot be combined with the expert cache.
+    """
+    _check_model(vllm_config.model_config, vllm_config.parallel_config, options)
+    for reason in _refusals(vllm_config):
+        raise ExpertCacheError(f"{reason}, or remove {flag('cache_size')}")
+    check_checkpoint_files(vllm_config.model_config.model)
+
+
+def _check_model(model_config: Any, parallel_config: Any, options: ExpertCacheOptions) -> None:
+    experts = model_config.get_num_experts()
+    if experts == 0:
+        raise ExpertCacheError(
+            f"{model_config.model} has no mixture-of-experts layers, so there is nothing to cache; "
+            f"remove {flag('cache_size')}"
+        )
+    if options.cache_size > experts:
+        raise ExpertCacheError(
+            f"{flag('cache_size')} {options.cache_size} is more than the model's {experts} experts per layer; "
+            f"give a number from 1 to {experts}"
+        )
+
+
+def _refusals(vllm_config: Any) -> list[str]:
+    """Settings that do not go with the expert cache, each as a reason with its remedy."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    found = []
+    if vllm_config.lora_config is not None:
+        found.append("LoRA rebuilds the expert kernels and does not go with the expert cache: remove --enable-lora")
+    if parallel.enable_eplb:
+        found.append("expert load balancing moves experts that the cache owns: remove --enable-eplb")
+    if parallel.enable_elastic_ep:
+        found.append("elastic expert parallelism moves experts that the cache owns: remove --enable-elastic-ep")
+    if parallel.enable_dbo or parallel.ubatch_size > 1:
+        found.append("two micro-batches cannot share one slot table: remove --enable-dbo and --ubatch-size")
+    if parallel.data_parallel_size > 1:
+        found.append(
+            f"data parallelism is not supported by this version of the expert cache: set --data-parallel-size "
+            f"{parallel.data_parallel_size} to 1"
+        )
+    if model.enable_sleep_mode:
+        found.append("sleep mode discards expert slots behind the cache's back: remove --enable-sleep-mode")
+    if vllm_config.weight_transfer_config is not None:
+        found.append("weights cannot be replaced in a running expert cache: remove --weight-transfer-config")
+    found.extend(_offload_refusals(vllm_config.offload_config))
+    if vllm_config.kernel_config.moe_backend != "auto":
+        found.append(
+            f"--moe-backend {vllm_config.kernel_config.moe_backend} cannot be honoured, the expert cache computes "
+            "experts itself: leave it at auto"
+        )
+    platform = borrow("current_platform")
+    if not platform.is_cpu() and not platform.is_cuda():
+        found.append(f"the expert cache runs on CPU and CUDA, not on {platform.device_name}: use another machine")
+    if platform.is_cuda() and not model.enforce_eager:
+        found.append(
+            "the reference backend reads expert ids on the host, which a CUDA graph cannot hold: add --enforce-eager"
+        )
+    if parallel.worker_cls not in (*STOCK_WORKERS, "vllm_hlwq.worker.ExpertCacheWorker"):
+        found.append(f"--worker-cls {parallel.worker_cls} replaces the worker that the expert cache extends: remove it")
+    return found
+
+
+def _offload_refusals(offload: Any) -> list[str]:
+    def takes_experts(names: set[str]) -> bool:
+        return not names or any(EXPERT_NAME_SEGMENTS.intersection(name.split(".")) for name in names)
+
+    found = []
+    if offload.uva.cpu_offload_gb > 0 and takes_experts(offload.uva.cpu_offload_params):
+        found.append(
+            f"--cpu-offload-gb {offload.uva.cpu_offload_gb} would take experts, which the cache already keeps on the "
+            "host: name other weights with --cpu-offload-params"
+        )
+    if offload.prefetch.offload_group_size > 0 and takes_experts(offload.prefetch.offload_params):
+        found.append(
+            f"--offload-group-size {offload.prefetch.offload_group_size} would take experts, which the cache already "
+            "keeps on the host: name other weights with --offload-params"
+        )
+    return found

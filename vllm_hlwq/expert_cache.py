@@ -1,0 +1,145 @@
+"""The slot table of one layer and the planner that decides, step by step, which expert sits in which slot.
+
+Policy only: nothing here copies a weight. ``plan_step`` is the CPU mirror of the device planner: whole-tensor
+integer arithmetic without a data-dependent loop, so that a kernel can reproduce it bit for bit.
+
+A step needs the distinct experts named in its ``topk_ids``. Those in a slot are hits. The others are misses, and each
+miss is either *admitted* (copied into a slot, evicting the least recently used expert that this step does not need) or
+*staged* (computed in the staging bank and forgotten). No needed expert is ever left out.
+
+A step is *streaming* when its experts exceed the slots and are most of the layer, as in the prefill of a long prompt.
+It admits into empty slots only and refreshes no stamp, so that a prompt does not flush what decoding needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+EMPTY = -1
+"""Marks an expert without a slot and a slot without an expert."""
+
+COUNTERS = ("steps", "queries", "hits", "admitted", "evictions", "staged", "waves")
+"""What a layer counts. ``queries`` are distinct experts per step: queries = hits + admitted + staged."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step loads and where it computes; expert ids are local to this rank.
+
+    Attributes:
+        load_experts: int64 [L], experts to copy from the host store into slots.
+        load_slots: int64 [L], the slot of each of them.
+        slot_of_expert: int32 [E], the slot table after the loads, ``EMPTY`` where an expert has none.
+        resident: int64 [R], needed experts that are computed in the slot bank, ascending.
+        staged: int64 [S], needed experts that are computed in the staging bank, in order of first use.
+    """
+
+    load_experts: torch.Tensor
+    load_slots: torch.Tensor
+    slot_of_expert: torch.Tensor
+    resident: torch.Tensor
+    staged: torch.Tensor
+
+
+class SlotTable:
+    """Which expert sits in which of a layer's slots, when it was last needed, and what has been counted.
+
+    Tensors live on the CPU and keep their addresses for life.
+
+    Attributes:
+        slot_of_expert: int32 [E], slot or ``EMPTY``.
+        expert_of_slot: int32 [N], expert or ``EMPTY``.
+        stamp_of_slot: int64 [N], clock of the last step that needed the slot's expert, -1 if never.
+        clock: int64 [], number of steps that needed any expert.
+        counters: int64 [len(COUNTERS)].
+    """
+
+    def __init__(self, num_experts: int, num_slots: int, staging_slots: int) -> None:
+        """Make an empty table.
+
+        Args:
+            num_experts: experts of the layer on this rank, E.
+            num_slots: slots of the layer, N, 1 to E.
+            staging_slots: experts that one staged wave holds; 1 or more unless N equals E.
+        """
+        if not 1 <= num_slots <= num_experts:
+            raise ValueError(f"num_slots={num_slots} must be 1 to num_experts={num_experts}")
+        if num_slots < num_experts and staging_slots < 1:
+            raise ValueError(f"staging_slots={staging_slots} must be 1 or more when num_slots < num_experts")
+        self.num_experts = num_experts
+        self.num_slots = num_slots
+        self.staging_slots = staging_slots
+        self.slot_of_expert = torch.empty(num_experts, dtype=torch.int32)
+        self.expert_of_slot = torch.empty(num_slots, dtype=torch.int32)
+        self.stamp_of_slot = torch.empty(num_slots, dtype=torch.int64)
+        self.clock = torch.empty((), dtype=torch.int64)
+        self.counters = torch.empty(len(COUNTERS), dtype=torch.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty every slot and zero clock and counters, as after start-up."""
+        self.slot_of_expert.fill_(EMPTY)
+        self.expert_of_slot.fill_(EMPTY)
+        self.stamp_of_slot.fill_(-1)
+        self.clock.zero_()
+        self.counters.zero_()
+
+    def counts(self) -> dict[str, int]:
+        """The counters by name."""
+        return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
+
+    def plan_step(self, expert_ids: torch.Tensor) -> StepPlan:
+        """Decide one step and update the table as if its loads were done.
+
+        Args:
+            expert_ids: integer tensor of any shape on the CPU, one expert per (token, k). Ids below 0 or at or
+                above ``num_experts`` name no expert of this rank and are passed over.
+        """
+        first_use = self._first_use(expert_ids)
+        needed = first_use < expert_ids.numel()
+        num_needed = int(needed.sum())
+        streaming = num_needed > self.num_slots and 2 * num_needed > self.num_experts
+
+        hit = needed & (self.slot_of_expert >= 0)
+        missing = torch.nonzero(needed & ~hit).flatten()
+        missing = missing[torch.argsort(first_use[missing])]
+
+        empty = self.expert_of_slot < 0
+        held_is_needed = needed[self.expert_of_slot.clamp(min=0)] & ~empty
+        usable = empty if streaming else empty | ~held_is_needed
+        victims = torch.nonzero(usable).flatten()
+        # A stable sort keeps equal stamps in slot order; empty slots have stamp -1 and come first.
+        victims = victims[torch.argsort(self.stamp_of_slot[victims], stable=True)]
+
+        admitted = min(len(missing), len(victims))
+        load_experts, load_slots, staged = missing[:admitted], victims[:admitted], missing[admitted:]
+        evicted = self.expert_of_slot[load_slots]
+        evicted = evicted[evicted >= 0].long()
+        self.slot_of_expert[evicted] = EMPTY
+        self.slot_of_expert[load_experts] = load_slots.int()
+        self.expert_of_slot[load_slots] = load_experts.int()
+
+        resident = torch.nonzero(needed & (self.slot_of_expert >= 0)).flatten()
+        if num_needed:
+            self.clock += 1
+        refreshed = load_slots if streaming else self.slot_of_expert[resident].long()
+        self.stamp_of_slot[refreshed] = self.clock
+
+        waves = int(len(resident) > 0) + -(-len(staged) // max(1, self.staging_slots))
+        step = (int(num_needed > 0), num_needed, int(hit.sum()), admitted, len(evicted), len(staged), waves)
+        self.counters += torch.tensor(step, dtype=torch.int64)
+        return StepPlan(load_experts, load_slots, self.slot_of_expert.clone(), resident, staged)
+
+    def _first_use(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """Position of each expert's first mention in row-major order, int64 [E]; ``numel`` if it is not mentioned.
+
+        Routers list a token's experts by falling weight, so an earlier mention is the more deserving one.
+        """
+        flat = expert_ids.reshape(-1).long()
+        valid = (flat >= 0) & (flat < self.num_experts)
+        bins = torch.where(valid, flat, self.num_experts)
+        first_use = torch.full((self.num_experts + 1,), flat.numel(), dtype=torch.int64)
+        first_use.scatter_reduce_(0, bins, torch.arange(flat.numel()), reduce="amin")
+        return first_use[: self.num_experts]

@@ -1,0 +1,164 @@
+"""Everything borrowed from vLLM's internals, as data: the only module that imports vLLM.
+
+Each name carries what it is used for and which of its members are relied on, so that the tests can compare the list
+with the installed vLLM and with the sources of releases that are not installed. Names are imported when first asked
+for: the command line must not pay for the model code.
+
+Checked against: 0.32.0 (oldest) to 0.33.0 (newest).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+OLDEST_CHECKED = "0.32.0"
+NEWEST_CHECKED = "0.33.0"
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """One name of vLLM's: where it is, why it is needed, and the members of it that are used or overridden."""
+
+    module: str
+    attribute: str
+    reason: str
+    members: tuple[str, ...] = ()
+
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
+
+BORROWED: dict[str, Borrowed] = {
+    "EngineArgs": Borrowed(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "extended with our flags and with the check of the finished configuration; vLLM has no hook for either",
+        ("add_cli_args", "from_cli_args", "create_engine_config", "additional_config"),
+    ),
+    "init_logger": Borrowed("vllm.logger", "init_logger", "log lines in vLLM's format and at its level"),
+    "current_platform": Borrowed("vllm.platforms", "current_platform", "tells a CPU runtime from a CUDA one"),
+    "get_current_vllm_config": Borrowed(
+        "vllm.config", "get_current_vllm_config", "the engine's configuration while a layer is built"
+    ),
+    "get_forward_context": Borrowed(
+        "vllm.forward_context",
+        "get_forward_context",
+        "finds the layer of a traced step by its name; the map belongs to the engine, so engines do not mix",
+    ),
+    "GPUWorker": Borrowed(
+        "vllm.v1.worker.gpu_worker",
+        "Worker",
+        "base of our worker on CUDA, chosen through the public worker_cls setting",
+        ("load_model", "compile_or_warm_up_model", "shutdown", "reload_weights", "update_weights"),
+    ),
+    "CPUWorker": Borrowed(
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker",
+        "base of our worker on a CPU, chosen through the public worker_cls setting",
+        ("compile_or_warm_up_model",),
+    ),
+    "PluggableLayer": Borrowed(
+        "vllm.model_executor.custom_op",
+        "PluggableLayer",
+        "vLLM's registry of out-of-tree layers",
+        ("register_oot",),
+    ),
+    "op_registry_oot": Borrowed(
+        "vllm.model_executor.custom_op",
+        "op_registry_oot",
+        "shows whether another plugin holds the layer: a second registration is an assertion failure in vLLM",
+    ),
+    "RoutedExperts": Borrowed(
+        f"{_FUSED_MOE}.routed_experts",
+        "RoutedExperts",
+        "base of our layer: it owns the expert weights and their loading",
+        ("_get_quant_method", "weight_loader", "load_weights", "expert_map"),
+    ),
+    "MoERunnerInterface": Borrowed(
+        f"{_FUSED_MOE}.runner.moe_runner_interface",
+        "MoERunnerInterface",
+        "recognises mixture-of-experts layers among the engine's named layers",
+    ),
+    "FusedMoEMethodBase": Borrowed(
+        f"{_FUSED_MOE}.fused_moe_method_base",
+        "FusedMoEMethodBase",
+        "initialises a quant method without asking vLLM's oracle for a kernel",
+        ("create_weights", "get_fused_moe_quant_config", "is_monolithic", "apply", "maybe_roundup_sizes"),
+    ),
+    "UnquantizedFusedMoEMethod": Borrowed(
+        f"{_FUSED_MOE}.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod",
+        "declares the checkpoint tensors of BF16 and FP16 experts",
+        ("create_weights",),
+    ),
+    "CompressedTensorsWNA16MoEMethod": Borrowed(
+        f"{_COMPRESSED}.compressed_tensors_moe.compressed_tensors_moe_wna16",
+        "CompressedTensorsWNA16MoEMethod",
+        "declares the checkpoint tensors of pack-quantized INT4 experts",
+        ("create_weights", "get_weight_shape"),
+    ),
+    "CompressedTensorsConfig": Borrowed(
+        f"{_COMPRESSED}.compressed_tensors",
+        "CompressedTensorsConfig",
+        "says which scheme the checkpoint gives a layer's experts",
+        ("_add_fused_moe_to_target_scheme_map", "get_scheme_dict", "_is_wNa16_group_channel"),
+    ),
+    "WNA16_SUPPORTED_TYPES_MAP": Borrowed(
+        f"{_COMPRESSED}.schemes.compressed_tensors_wNa16",
+        "WNA16_SUPPORTED_TYPES_MAP",
+        "vLLM's name of the symmetric packed integer type",
+    ),
+    "WNA16_ZP_SUPPORTED_TYPES_MAP": Borrowed(
+        f"{_COMPRESSED}.schemes.compressed_tensors_wNa16",
+        "WNA16_ZP_SUPPORTED_TYPES_MAP",
+        "vLLM's name of the asymmetric packed integer type",
+    ),
+    "FusedMoEQuantConfig": Borrowed(
+        f"{_FUSED_MOE}.config", "FusedMoEQuantConfig", "tells the kernel frame that activations stay 16-bit", ("make",)
+    ),
+    "FusedMoEKernel": Borrowed(
+        f"{_FUSED_MOE}.modular_kernel",
+        "FusedMoEKernel",
+        "frame that prepares inputs (also across data-parallel ranks) and calls our experts",
+        ("apply",),
+    ),
+    "FusedMoEExpertsModular": Borrowed(
+        f"{_FUSED_MOE}.modular_kernel",
+        "FusedMoEExpertsModular",
+        "base of our experts: the place where the final expert ids arrive",
+        ("apply", "workspace_shapes", "moe_problem_size", "finalize_weight_and_reduce_impl"),
+    ),
+    "FusedMoEActivationFormat": Borrowed(
+        f"{_FUSED_MOE}.modular_kernel", "FusedMoEActivationFormat", "declares token-major inputs"
+    ),
+    "maybe_make_prepare_finalize": Borrowed(
+        f"{_FUSED_MOE}.all2all_utils",
+        "maybe_make_prepare_finalize",
+        "the input preparation that fits the parallel configuration",
+    ),
+    "TopKWeightAndReduceNoOP": Borrowed(
+        f"{_FUSED_MOE}.topk_weight_and_reduce",
+        "TopKWeightAndReduceNoOP",
+        "says that our experts have already weighted and summed over top-k",
+    ),
+}
+
+
+@cache
+def borrow(name: str) -> Any:
+    """Import and return a name of ``BORROWED``.
+
+    Raises:
+        ImportError: the installed vLLM does not have it.
+    """
+    entry = BORROWED[name]
+    try:
+        return getattr(importlib.import_module(entry.module), entry.attribute)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"vllm-hlwq needs {entry.module}.{entry.attribute} ({entry.reason}), which the installed vLLM lacks; "
+            f"install vLLM {OLDEST_CHECKED} to {NEWEST_CHECKED}"
+        ) from error

@@ -1,0 +1,96 @@
+"""vLLM's worker with an expert cache in its model: chosen through ``worker_cls`` when the cache is on.
+
+It puts our layer in place before the model is built, checks afterwards that every mixture-of-experts layer is ours,
+clears what warm-up left in the caches, and answers questions about counters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import ExpertCacheError
+from .moe_offload import LayerExpertCache, OffloadedRoutedExperts, cached_layers
+from .vllm_compat import borrow
+
+logger = borrow("init_logger")("vllm.expert_cache")
+
+StockWorker: Any = borrow("CPUWorker") if borrow("current_platform").is_cpu() else borrow("GPUWorker")
+
+
+def install_layer() -> None:
+    """Register our layer in the place of vLLM's ``RoutedExperts``; harmless when done before.
+
+    Raises:
+        ExpertCacheError: another plugin has registered a layer of its own there.
+    """
+    holder = borrow("op_registry_oot").get("RoutedExperts")
+    if holder is OffloadedRoutedExperts:
+        return
+    if holder is not None:
+        raise ExpertCacheError(
+            f"another plugin has replaced vLLM's RoutedExperts by {holder.__module__}.{holder.__qualname__}; "
+            "disable it (VLLM_PLUGINS) or serve without the expert cache"
+        )
+    borrow("PluggableLayer").register_oot(OffloadedRoutedExperts, name="RoutedExperts")
+
+
+class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
+    """Worker whose model keeps its experts in a cache."""
+
+    def load_model(self, **arguments: Any) -> None:
+        install_layer()
+        super().load_model(**arguments)
+        caches = self._caches()
+        if not caches:
+            raise ExpertCacheError(
+                f"{self.model_config.model}: no mixture-of-experts layer was built, so there is nothing to cache; "
+                "remove --moe-expert-cache-size"
+            )
+        logger.info(describe(list(caches.values())))
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        for cache in self._caches().values():
+            cache.reset()
+        return result
+
+    def reload_weights(self, *_: Any, **__: Any) -> None:
+        raise ExpertCacheError("weights cannot be reloaded into a running expert cache; restart the server")
+
+    def update_weights(self, *_: Any, **__: Any) -> None:
+        raise ExpertCacheError("weights cannot be updated in a running expert cache; restart the server")
+
+    def expert_cache_counters(self) -> dict[str, dict[str, int]]:
+        """Counters of each layer by layer name; reachable through vLLM's ``collective_rpc``."""
+        return {name: cache.counts() for name, cache in self._caches().items()}
+
+    def shutdown(self) -> None:
+        counts = list(self.expert_cache_counters().values())
+        if counts:
+            total = {name: sum(layer[name] for layer in counts) for name in counts[0]}
+            logger.info(
+                "Expert cache: %(queries)d queries, %(hits)d hits, %(evictions)d evictions, %(staged)d staged, "
+                "%(h2d_bytes)d bytes copied to the device",
+                total,
+            )
+        super().shutdown()
+
+    def _caches(self) -> dict[str, LayerExpertCache]:
+        layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
+        return {layer.layer_name: layer.expert_cache for layer in layers if layer.expert_cache is not None}
+
+
+def describe(caches: list[LayerExpertCache]) -> str:
+    """One line for the log: layers, slots, bytes a slot, device and host bytes, backend."""
+    first = caches[0]
+    banks = sum(cache.slot_bank.nbytes for cache in caches)
+    staging = {id(cache.staging_bank): cache.staging_bank for cache in caches if cache.staging_bank is not None}
+    staged = sum(bank.nbytes for bank in staging.values())
+    host = sum(cache.store.nbytes for cache in caches if cache.store is not None)
+    size = f"{first.num_slots} of {first.num_experts} experts resident" + (
+        "" if first.table is not None else " (all: nothing is planned or copied)"
+    )
+    return (
+        f"Expert cache: {len(caches)} layers, {size}, {first.record_bytes} bytes a slot, {banks} bytes of slots, "
+        f"{staged} bytes of staging, {host} bytes of experts in host memory, {first.backend.name} backend"
+    )
