@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--venv", type=Path, default=PROJECT / ".venv", help="where to make the environment")
     venv_dir: Path = parser.parse_args().venv.resolve()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script is what a too old Python runs first
         raise SystemExit(f"setup_cpu: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     stamp = venv_dir / "vllm-hlwq-ready"
     stamp.unlink(missing_ok=True)

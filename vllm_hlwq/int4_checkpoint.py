@@ -53,7 +53,7 @@ def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs) -> State:
     size = arguments.group_size or weight.shape[1]
     if weight.shape[1] % size:
         raise ValueError(f"group size {size} does not divide {weight.shape[1]} input features")
-    groups = weight.float().unflatten(1, (-1, size))
+    groups = weight.float().view(weight.shape[0], -1, size)
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
     # An all-zero group has scale 0; any positive scale stores its zeros exactly.
     scale = torch.where(scale == 0, 1.0, scale).to(weight.dtype)

@@ -166,6 +166,8 @@ class CachedExperts(borrow("FusedMoEExpertsModular")):  # type: ignore[misc]
     def __init__(self, moe_config: Any, quant_config: Any, layer_name: str) -> None:
         super().__init__(moe_config, quant_config)
         self.layer_name = layer_name
+        # Made here because torch.compile traces what runs in a step and cannot trace an import.
+        self._reduce = borrow("TopKWeightAndReduceNoOP")()
 
     @staticmethod
     def activation_format() -> Any:
@@ -187,7 +189,7 @@ class CachedExperts(borrow("FusedMoEExpertsModular")):  # type: ignore[misc]
         return (0,), (0,), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> Any:
-        return borrow("TopKWeightAndReduceNoOP")()
+        return self._reduce
 
     def apply(
         self,
@@ -348,8 +350,8 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         if missing:
             field, shard, expert = missing[0]
             raise ExpertCacheError(
-                f"{self.layer_name}: the checkpoint has no {field} ({shard}) for expert {expert} and {len(missing) - 1} "
-                "other expert tensors; re-download or re-export it"
+                f"{self.layer_name}: the checkpoint lacks {len(missing)} expert tensors, first {field} ({shard}) "
+                f"of expert {expert}; download or export it again"
             )
 
 

@@ -84,8 +84,8 @@ def merge_flags(engine_args: Any, arguments: argparse.Namespace) -> None:
             continue
         if additional.get(key, value) != value:
             raise SystemExit(
-                f"vllm: error: {flag(name)} {value} contradicts --additional-config, which has {key}={additional[key]!r}; "
-                "give one of them"
+                f"vllm: error: {flag(name)} {value} contradicts --additional-config, which has "
+                f"{key}={additional[key]!r}; give one of them"
             )
         additional[key] = value
     engine_args.additional_config = additional

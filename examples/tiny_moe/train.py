@@ -108,7 +108,7 @@ def batches(windows: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 
 
 def balance_loss(router_probabilities: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
-    """Experts × share of tokens × mean probability, averaged over layers; 1 when perfectly even."""
+    """Experts x share of tokens x mean probability, averaged over layers; 1 when perfectly even."""
     total = torch.zeros(())
     for probabilities in router_probabilities:
         flat = probabilities.reshape(-1, probabilities.shape[-1])

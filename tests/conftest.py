@@ -1,0 +1,31 @@
+"""Shared fixtures: random checkpoints, made once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch and vLLM are imported: engines in this process stay in it, and warm-up on two cores stays short.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import checkpoints
+
+
+@pytest.fixture(scope="session")
+def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(checkpoints.gemma4_config(), tmp_path_factory.mktemp("gemma4"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(checkpoints.qwen3_moe_config(), tmp_path_factory.mktemp("qwen3-moe"))
+
+
+@pytest.fixture(scope="session")
+def dense_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(checkpoints.dense_config(), tmp_path_factory.mktemp("dense"))
