@@ -1,0 +1,62 @@
+"""A real vLLM worker in this process, with its model loaded and its layers ready to be called one by one."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+
+
+@cache
+def rendezvous() -> str:
+    """One file for all workers of this process: torch's process group is made once and kept."""
+    return f"file://{tempfile.mkdtemp()}/rendezvous"
+
+
+def engine_config(model: Path, cache_size: int, **engine_args: Any) -> Any:
+    """vLLM's finished configuration, as ``LLM(model, additional_config=...)`` would make it."""
+    arguments = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 512, **engine_args}
+    return EngineArgs(
+        model=str(model), additional_config={"moe_expert_cache_size": cache_size}, **arguments
+    ).create_engine_config()
+
+
+class LoadedModel:
+    """A model loaded by our worker; ``run`` calls one of its mixture-of-experts layers."""
+
+    def __init__(self, model: Path, cache_size: int, **engine_args: Any) -> None:
+        from vllm_hlwq.worker import ExpertCacheWorker
+
+        self.config = engine_config(model, cache_size, **engine_args)
+        self.worker = ExpertCacheWorker(
+            vllm_config=self.config,
+            local_rank=0,
+            rank=0,
+            distributed_init_method=rendezvous(),
+            is_driver_worker=True,
+        )
+        with set_current_vllm_config(self.config):
+            self.worker.init_device()
+            self.worker.load_model()
+        for runner in self.runners:
+            runner.gate = None  # the caller's router logits count, not the gate's
+
+    @property
+    def runners(self) -> list[Any]:
+        layers = self.config.compilation_config.static_forward_context.values()
+        return [layer for layer in layers if hasattr(layer, "routed_experts")]
+
+    def run(self, layer: int, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """Output [T, hidden] of a layer for hidden states [T, hidden] and router logits [T, E]."""
+        with (
+            torch.inference_mode(),
+            set_current_vllm_config(self.config),
+            set_forward_context(None, self.config, num_tokens=len(hidden_states)),
+        ):
+            return self.runners[layer].forward(hidden_states.clone(), router_logits)

@@ -1,0 +1,139 @@
+"""The layer inside stock vLLM: the same bits at every cache size, and the values of the transformers model."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import NUM_EXPERTS, TOP_K
+from engines import LoadedModel
+from transformers import AutoModelForCausalLM
+
+from vllm_hlwq.int4_checkpoint import dequantize_int4, export_int4
+
+FORMATS = {
+    "bf16": None,
+    "int4-g32": {"group_size": 32, "symmetric": True},
+    "int4-g64": {"group_size": 64, "symmetric": True},
+    "int4-g64-asymmetric": {"group_size": 64, "symmetric": False},
+    "int4-channel": {"group_size": None, "symmetric": True},
+}
+CACHE_SIZES = (1, TOP_K - 1, TOP_K, TOP_K + 1, NUM_EXPERTS // 2, NUM_EXPERTS)
+
+
+@pytest.fixture(scope="session", params=["gemma4", "qwen3_moe"])
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=FORMATS)
+def checkpoint(request: pytest.FixtureRequest, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source: Path = request.getfixturevalue(f"{model}_bf16")
+    export = FORMATS[request.param]
+    if export is None:
+        return source
+    out = tmp_path_factory.mktemp(f"{model}-{request.param}")
+    export_int4(source, out, **export)
+    return out
+
+
+@cache
+def steps() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states and router logits of a prefill, decode steps of one and of five tokens, and another prefill."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(tokens, 128, generator=generator).bfloat16(),
+            2 * torch.randn(tokens, NUM_EXPERTS, generator=generator),
+        )
+        for tokens in (300, 1, 1, 1, 5, 1, 5, 1, 40, 1)
+    ]
+
+
+def run_all(loaded: LoadedModel) -> list[torch.Tensor]:
+    return [loaded.run(layer, *step) for layer in range(len(loaded.runners)) for step in steps()]
+
+
+def test_outputs_are_bit_identical_for_every_cache_size(checkpoint: Path) -> None:
+    expected = run_all(LoadedModel(checkpoint, NUM_EXPERTS))
+    assert all(output.isfinite().all() and output.any() for output in expected)
+    for cache_size in CACHE_SIZES:
+        outputs = run_all(LoadedModel(checkpoint, cache_size))
+        for number, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            assert torch.equal(output, wanted), f"cache size {cache_size}, call {number}"
+
+
+def test_outputs_equal_the_transformers_model(model: str, checkpoint: Path, tmp_path: Path) -> None:
+    source = checkpoint
+    if "int4" in checkpoint.name:
+        source = tmp_path
+        dequantize_int4(checkpoint, source)
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    loaded = LoadedModel(checkpoint, TOP_K - 1)
+    for layer, block in enumerate(reference.model.layers):
+        for hidden_states, logits in steps():
+            weights = logits.softmax(-1)
+            top = weights.topk(TOP_K)
+            chosen = top.values / top.values.sum(-1, keepdim=True)
+            experts = block.experts if model == "gemma4" else block.mlp.experts
+            if model == "gemma4":
+                chosen = chosen * block.router.per_expert_scale[top.indices]
+            with torch.no_grad():
+                expected = experts(hidden_states.float(), top.indices, chosen)
+            output = loaded.run(layer, hidden_states, logits).float()
+            # Ours is float32 up to one rounding to BF16 at the end.
+            torch.testing.assert_close(output, expected, rtol=2**-8, atol=2**-8 * expected.abs().max().item() / 4)
+
+
+def test_counters_follow_the_step_and_reset(qwen3_moe_bf16: Path) -> None:
+    loaded = LoadedModel(qwen3_moe_bf16, 4)
+    hidden = torch.ones(1, 128, dtype=torch.bfloat16)
+    favourites = torch.zeros(1, NUM_EXPERTS)
+    favourites[0, [2, 3, 5, 7]] = 9.0
+    for _ in range(3):
+        loaded.run(1, hidden, favourites)
+    favourites[0, 11] = 8.0
+    favourites[0, 2] = 0.0
+    loaded.run(1, hidden, favourites)
+    counters = loaded.worker.expert_cache_counters()
+    record = 3 * 128 * 128 * 2
+    assert list(counters.values())[1] == {
+        "steps": 4, "queries": 16, "hits": 11, "admitted": 5, "evictions": 1, "staged": 0, "waves": 4,
+        "h2d_bytes": 5 * record,
+    }  # fmt: skip
+    assert set(list(counters.values())[0].values()) == {0}
+    loaded.worker.compile_or_warm_up_model()
+    assert set(list(loaded.worker.expert_cache_counters().values())[1].values()) == {0}
+
+
+def test_all_layers_share_one_staging_bank_and_hold_no_parameter(qwen3_moe_bf16: Path) -> None:
+    loaded = LoadedModel(qwen3_moe_bf16, 4)
+    layers = [runner.routed_experts for runner in loaded.runners]
+    assert len({id(layer.expert_cache.staging_bank) for layer in layers}) == 1
+    assert [list(layer.named_parameters()) for layer in layers] == [[], []]
+
+
+def test_with_every_expert_resident_nothing_is_planned(qwen3_moe_bf16: Path) -> None:
+    loaded = LoadedModel(qwen3_moe_bf16, NUM_EXPERTS)
+    run_all(loaded)
+    for runner in loaded.runners:
+        cache = runner.routed_experts.expert_cache
+        assert cache.table is None
+        assert set(cache.counts().values()) == {0}
+
+
+def test_padding_ids_are_no_expert(qwen3_moe_bf16: Path) -> None:
+    cache = LoadedModel(qwen3_moe_bf16, 2).runners[0].routed_experts.expert_cache
+    hidden = torch.randn(3, 128).bfloat16()
+    weights = torch.full((3, 2), 0.5)
+    ids = torch.tensor([[4, 9], [-1, -1], [-1, 4]])
+    output = torch.full((3, 128), torch.nan, dtype=torch.bfloat16)
+    cache.step(hidden, weights, ids, output)
+    assert not output[1].any()
+    assert output[0].any()
+    assert cache.counts()["queries"] == 2
+    alone = torch.empty(1, 128, dtype=torch.bfloat16)
+    cache.step(hidden[2:], weights[2:, 1:], ids[2:, 1:], alone)
+    torch.testing.assert_close(output[2:], alone)
