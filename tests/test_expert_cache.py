@@ -34,8 +34,7 @@ class Oracle:
             choices = [
                 (self.stamps[slot], slot)
                 for slot in range(self.num_slots)
-                if slot not in taken
-                and (slot not in self.held or (not streaming and self.held[slot] not in needed))
+                if slot not in taken and (slot not in self.held or (not streaming and self.held[slot] not in needed))
             ]
             if choices:
                 loads.append((expert, min(choices)[1]))

@@ -103,7 +103,7 @@ def test_counters_follow_the_step_and_reset(qwen3_moe_bf16: Path) -> None:
         "steps": 4, "queries": 16, "hits": 11, "admitted": 5, "evictions": 1, "staged": 0, "waves": 4,
         "h2d_bytes": 5 * record,
     }  # fmt: skip
-    assert set(list(counters.values())[0].values()) == {0}
+    assert set(next(iter(counters.values())).values()) == {0}
     loaded.worker.compile_or_warm_up_model()
     assert set(list(loaded.worker.expert_cache_counters().values())[1].values()) == {0}
 

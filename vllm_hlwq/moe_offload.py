@@ -283,19 +283,35 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        """Load as vLLM does, and note what came, so that a missing expert is found before the server is up."""
-        try:
-            success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
-        except (RuntimeError, AssertionError, IndexError) as error:
-            raise ExpertCacheError(
-                f"{self.layer_name}: checkpoint tensor for {weight_name} of expert {expert_id} ({shard_id}), shape "
-                f"{tuple(loaded_weight.shape)}, does not fit: {error}"
-            ) from error
+        """Load as vLLM does, but refuse what does not fill its place, and note what came.
+
+        vLLM itself narrows the place to a smaller tensor, for the sake of padded kernels that are not used here.
+        """
         field = getattr(param, "expert_field", None)
+        if field is not None and field not in LOADER_ONLY:
+            self._check_fits(field, shard_id, expert_id, tuple(loaded_weight.shape[-2:]))
+        success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
         if success and field is not None:
+            whole_layer = loaded_weight.ndim == 3
             local = self._map_global_expert_id_to_local_expert_id(expert_id)
-            self._loaded.add((field, shard_id, local))
+            experts = range(param.shape[0]) if whole_layer else (local,)
+            self._loaded.update((field, shard_id, expert) for expert in experts)
         return success if return_success else None
+
+    def _check_fits(self, field: str, shard_id: str, expert_id: int, shape: tuple[int, ...]) -> None:
+        assert self.store is not None
+        needed = self.store.layout[field].shape
+        if shard_id in ("w1", "w3") and self.moe_config.is_act_and_mul:
+            needed = (needed[0] // 2, *needed[1:])
+        ranks = self.moe_config.moe_parallel_config.tp_size
+        # Checkpoints hold whole matrices: a dimension that tensor parallelism cuts is as many times larger there.
+        if len(shape) != len(needed) or any(
+            have not in (size, size * ranks) for have, size in zip(shape, needed, strict=True)
+        ):
+            raise ExpertCacheError(
+                f"{self.layer_name}: checkpoint tensor {shard_id} for {field} of expert {expert_id} has shape {shape}, "
+                f"the model needs {needed}" + (f" on each of {ranks} ranks" if ranks > 1 else "") + "; export it again"
+            )
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 

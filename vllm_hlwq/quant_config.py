@@ -125,8 +125,6 @@ def make_quant_method(layer: Any, quant_config: Any, prefix: str) -> Any:
         )
     if scheme["format"] != "pack-quantized":
         raise _unsupported(prefix, f"compressed-tensors format {scheme['format']!r}")
-    if weights.actorder == "group":
-        raise _unsupported(prefix, "compressed-tensors with activation ordering by group")
     return CompressedTensorsWNA16MoEMethod(weights, layer.moe_config)
 
 

@@ -1,0 +1,23 @@
+# make demo | make test | make lint | make clean. Each installs the CPU runtime into .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/vllm-hlwq-ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(VENV)/bin/python examples/demo.py
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(READY): scripts/setup_cpu.py pyproject.toml
+	$(PYTHON) scripts/setup_cpu.py --venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,173 @@
+"""Stock ``vllm serve`` over HTTP with the trained model: tokens, streams, perplexity, start-up line."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import documents
+from openai import OpenAI
+from serving import Server
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_hlwq.int4_checkpoint import dequantize_int4
+
+pytestmark = pytest.mark.server
+
+MODEL = Path(__file__).parent.parent / "examples/tiny_moe/model"
+EXPERTS = 16
+RECORD_BYTES = 3 * 256 * 192 // 2 + 3 * 256 * 192 // 32 * 2  # three matrices: packed codes and BF16 scales
+COMMON = ("--max-model-len", "1024", "--max-num-seqs", "8", "--served-model-name", "tiny")
+EAGER = (*COMMON, "--enforce-eager")
+PROMPTS = [
+    "The import statement",
+    "class Queue:\n    def __init__(self",
+    "def main():\n    parser = argparse.ArgumentParser(",
+    "Raised when an operation",
+    "A list comprehension consists of",
+    "    @property\n    def name(self):\n",
+    "If the file cannot be",
+    '"""Utilities for',
+]
+NEW_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def cached() -> Iterator[Server]:
+    with Server(MODEL, "--moe-expert-cache-size", "4", *EAGER) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained-bf16")
+    dequantize_int4(MODEL, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def greedy(cached: Server) -> list[list[int]]:
+    return greedy_tokens(cached)
+
+
+def greedy_tokens(server: Server) -> list[list[int]]:
+    """Greedy continuation of each prompt, one request at a time."""
+    tokens = []
+    for prompt in PROMPTS:
+        body = {
+            "model": "tiny", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0,
+            "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        tokens.append(server.post("/v1/completions", body)["choices"][0]["token_ids"])
+    return tokens
+
+
+def prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict]]:
+    """For each position after the first: log probability and rank of the prompt's token and of the likeliest one."""
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+    entries: list[dict[str, dict]] = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
+    return entries[1:]
+
+
+def assert_chosen_by(server: Server, sequences: list[list[int]], minimum: float) -> None:
+    """At least ``minimum`` of the sequences' new tokens are the server's first choice too, any other a near-tie."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    agreed = total = 0
+    for prompt, tokens in zip(PROMPTS, sequences, strict=True):
+        entries = prompt_logprobs(server, tokenizer.encode(prompt) + tokens)[-len(tokens) :]
+        for token, entry in zip(tokens, entries, strict=True):
+            gap = max(e["logprob"] for e in entry.values()) - entry[str(token)]["logprob"]
+            assert gap < 0.1, f"{prompt!r}: token {token} is {gap:.3f} nats below the server's first choice"
+            agreed += gap == 0
+            total += 1
+    assert agreed / total >= minimum, f"{agreed} of {total} tokens agree"
+
+
+def test_the_log_states_layers_slots_and_bytes(cached: Server) -> None:
+    line = re.search(r"Expert cache: .*", cached.log)
+    assert line is not None
+    assert f"3 layers, 4 of 16 experts resident, {RECORD_BYTES} bytes a slot" in line[0]
+    assert f"{3 * EXPERTS * RECORD_BYTES} bytes of experts in host memory" in line[0]
+
+
+def test_a_request_is_counted_and_warm_up_is_not(cached: Server, greedy: list[list[int]]) -> None:
+    before = cached.expert_cache_counters()
+    body = {"model": "tiny", "prompt": [2, 100], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    cached.post("/v1/completions", body)
+    after = cached.expert_cache_counters()
+    assert after["steps"] - before["steps"] == 3 * 5
+    moved = after["queries"] - before["queries"] - (after["hits"] - before["hits"])
+    assert after["h2d_bytes"] - before["h2d_bytes"] == moved * (
+        after["h2d_bytes"] // (after["admitted"] + after["staged"])
+    )
+
+
+@pytest.mark.parametrize("cache_size", [1, EXPERTS])
+def test_greedy_tokens_are_the_same_at_every_cache_size(cache_size: int, greedy: list[list[int]]) -> None:
+    assert all(len(set(tokens)) > 3 for tokens in greedy)
+    with Server(MODEL, "--moe-expert-cache-size", str(cache_size), *EAGER) as server:
+        assert greedy_tokens(server) == greedy
+
+
+def test_tokens_agree_with_stock_vllm_on_the_bf16_model(bf16: Path, greedy: list[list[int]]) -> None:
+    with Server(bf16, *EAGER) as stock:
+        assert "Expert cache" not in stock.log
+        assert_chosen_by(stock, greedy, minimum=0.99)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler, g++ is not there")
+def test_the_compiled_server_chooses_the_same_tokens(greedy: list[list[int]]) -> None:
+    with Server(MODEL, "--moe-expert-cache-size", "4", *COMMON) as server:
+        assert_chosen_by(server, greedy, minimum=0.99)
+        assert server.expert_cache_counters()["hits"] > 0
+
+
+def test_eight_streams_at_once_say_what_they_say_alone(cached: Server) -> None:
+    client = OpenAI(base_url=f"{cached.url}/v1", api_key="none")
+
+    def stream(prompt: str) -> tuple[list[int], str]:
+        tokens, reason = [], ""
+        for chunk in client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        ):  # fmt: skip
+            tokens += chunk.choices[0].token_ids or []
+            reason = chunk.choices[0].finish_reason or reason
+        return tokens, reason
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        results = list(pool.map(stream, PROMPTS))
+    assert [reason for _, reason in results] == ["length"] * len(PROMPTS)
+    sequences = [tokens for tokens, _ in results]
+    assert [len(tokens) for tokens in sequences] == [NEW_TOKENS] * len(PROMPTS)
+    # Batches change the rounding of vLLM's dense layers, so a near-tie may fall the other way.
+    assert_chosen_by(cached, sequences, minimum=0.97)
+
+
+def test_held_out_perplexity_equals_transformers(cached: Server, bf16: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.bfloat16)
+    windows = []
+    for name, text in documents("held-out"):
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        if len(ids) >= 256:
+            windows.append((name, ids[:256]))
+    windows = windows[::3]
+    assert len(windows) >= 10
+    ours = theirs = 0.0
+    for _, ids in windows:
+        entries = prompt_logprobs(cached, ids)
+        ours -= sum(entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True))
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].float()
+        theirs += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+    count = len(windows) * 255
+    perplexities = math.exp(ours / count), math.exp(theirs / count)
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=0.01)
+    assert perplexities[1] < 35
