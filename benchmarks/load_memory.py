@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -156,10 +157,7 @@ def measure(model: Path) -> dict[str, int]:
         total, files = proportional_set_size(process)
         line = next(line for line in server.log.splitlines() if "Expert cache:" in line)
     print(line[line.index("Expert cache:") :])
-    words = line.replace(",", "").split()
-    banks = sum(
-        int(words[i - 2]) for i, word in enumerate(words) if word in ("slots", "staging") and words[i - 1] == "of"
-    )
+    banks = sum(int(amount) for amount in re.findall(r"(\d+) bytes of (?:slots|staging)", line))
     return {"peak_anonymous": sampler.peak, "settled": total, "settled_anonymous": total - files, "banks": banks}
 
 

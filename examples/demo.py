@@ -8,6 +8,7 @@ not answers.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from openai import OpenAI
@@ -32,7 +33,8 @@ def main() -> None:
             temperature=0.6,
             seed=7,
         )
-        print(f"{PROMPT}\033[1m{answer.choices[0].message.content}\033[0m\n")
+        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+        print(f"{PROMPT}{bold}{answer.choices[0].message.content}{plain}\n")
         counters = server.expert_cache_counters()
     misses = counters["queries"] - counters["hits"]
     print(

@@ -27,22 +27,25 @@ def engine_config(model: Path, cache_size: int, **engine_args: Any) -> Any:
     ).create_engine_config()
 
 
+def start_worker(config: Any) -> Any:
+    """Our worker with its device and process groups ready, no model loaded."""
+    from vllm_hlwq.worker import ExpertCacheWorker
+
+    worker = ExpertCacheWorker(
+        vllm_config=config, local_rank=0, rank=0, distributed_init_method=rendezvous(), is_driver_worker=True
+    )
+    with set_current_vllm_config(config):
+        worker.init_device()
+    return worker
+
+
 class LoadedModel:
     """A model loaded by our worker; ``run`` calls one of its mixture-of-experts layers."""
 
     def __init__(self, model: Path, cache_size: int, **engine_args: Any) -> None:
-        from vllm_hlwq.worker import ExpertCacheWorker
-
         self.config = engine_config(model, cache_size, **engine_args)
-        self.worker = ExpertCacheWorker(
-            vllm_config=self.config,
-            local_rank=0,
-            rank=0,
-            distributed_init_method=rendezvous(),
-            is_driver_worker=True,
-        )
+        self.worker = start_worker(self.config)
         with set_current_vllm_config(self.config):
-            self.worker.init_device()
             self.worker.load_model()
         for runner in self.runners:
             runner.gate = None  # the caller's router logits count, not the gate's

@@ -20,6 +20,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
+from .errors import ExpertCacheError
+from .marlin_moe import marlin_obstacle
+
 WEIGHTS = "model.safetensors"
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 _FUSED = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$")
@@ -115,6 +118,9 @@ def export_int4(source: Path, out: Path, group_size: int | None = 32, symmetric:
         out: folder to write; made if absent.
         group_size: input features that share a scale; None for one scale per output channel.
         symmetric: whether groups have no zero point.
+
+    Raises:
+        ExpertCacheError: vLLM's Marlin kernels cannot take experts of this shape with this group size.
     """
     arguments = int4_arguments(group_size, symmetric)
     state: State = {}
@@ -122,6 +128,7 @@ def export_int4(source: Path, out: Path, group_size: int | None = 32, symmetric:
     for name, tensor in split_experts(load_file(source / WEIGHTS)).items():
         module = name.removesuffix(".weight")
         if _EXPERT.match(module):
+            _require_marlin(module, tensor.shape, group_size)
             state.update({f"{module}.{key}": value for key, value in quantize_weight(tensor, arguments).items()})
         else:
             state[name] = tensor
@@ -164,6 +171,13 @@ def dequantize_int4(source: Path, out: Path, fused: bool = True) -> None:
             state[name] = tensor
     state.update({f"{module}.weight": dequantize_weight(parts, arguments) for module, parts in packed.items()})
     _write(source, out, fuse_experts(state) if fused else state, None)
+
+
+def _require_marlin(module: str, shape: torch.Size, group_size: int | None) -> None:
+    hidden, width = shape if module.endswith("down_proj") else (shape[1], shape[0])
+    obstacle = marlin_obstacle(hidden, width, group_size)
+    if obstacle is not None:
+        raise ExpertCacheError(f"{module}: vLLM's Marlin kernels cannot take it, {obstacle}; choose another group size")
 
 
 def _write(source: Path, out: Path, state: State, quantization: dict[str, Any] | None) -> None:

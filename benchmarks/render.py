@@ -1,0 +1,81 @@
+"""Render the result files into the README: every figure there comes from here.
+
+    python benchmarks/render.py
+
+Each block between ``<!-- result: NAME -->`` and ``<!-- end -->`` is replaced by what NAME's function makes of
+``benchmarks/results/NAME.json``. A test fails when the README differs from a fresh rendering.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+README = PROJECT / "README.md"
+RESULTS = PROJECT / "benchmarks/results"
+BLOCK = re.compile(r"(<!-- result: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MIB = 2**20
+
+
+def machine(environment: dict[str, Any]) -> str:
+    return (
+        f"{environment['device'].upper()} run, {environment['processor']}, {environment['cores']} threads, "
+        f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}"
+    )
+
+
+def tiny_moe(result: dict[str, Any]) -> str:
+    training = result["training"]
+    tokens = training["steps"] * training["batch"] * training["context"]
+    return (
+        f"Trained for {training['minutes']:.0f} minutes on {tokens:,} tokens; {training['parameters']:,} parameters. "
+        f"Held-out perplexity over {result['held_out_tokens']:,} tokens: **{result['perplexity_bf16']}** in BF16, "
+        f"**{result['perplexity_int4']}** with INT4 experts (group size {result['group_size']}, "
+        f"{result['weights_bytes'] / MIB:.2f} MiB). A sample at temperature 0.6, prompted by "
+        f"“{result['prompt']}”:\n\n```text\n{(result['prompt'] + result['sample']).strip()}\n```\n\n"
+        f"({machine(result['environment'])}; made by `examples/tiny_moe/export.py`.)\n"
+    )
+
+
+def load_memory(result: dict[str, Any]) -> str:
+    large, tiny = result["with_large_experts"], result["with_tiny_experts"]
+    rows = [
+        ("expert weights in the checkpoint", result["expert_bytes"], ""),
+        (
+            "peak while loading, without mapped files",
+            large["peak_anonymous"],
+            f"{result['peak_over_limit']:.2f} of 1.1 times the experts + 1 GiB",
+        ),
+        (
+            "afterwards, above the same server with tiny experts",
+            result["settled_above_tiny"],
+            f"{result['settled_over_limit']:.2f} of 1.02 times the experts + 64 MiB",
+        ),
+        ("of which slot and staging banks, which a GPU would hold", large["banks"] - tiny["banks"], ""),
+    ]
+    table = "".join(f"| {what} | {amount / MIB:,.0f} | {limit} |\n" for what, amount, limit in rows)
+    return (
+        f"| host memory of the whole server | MiB | against its limit |\n|---|---|---|\n{table}\n"
+        f"({machine(result['environment'])}; made by `benchmarks/load_memory.py`.)\n"
+    )
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"tiny_moe": tiny_moe, "load_memory": load_memory}
+
+
+def render(text: str) -> str:
+    """The README's text with every result block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        return match[1] + RENDERERS[name](json.loads((RESULTS / f"{name}.json").read_text())) + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))

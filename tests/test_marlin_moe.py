@@ -1,0 +1,26 @@
+"""The rule for Marlin shapes against vLLM's own check of the installed release."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.model_executor.layers.quantization.utils.marlin_utils import check_moe_marlin_supports_config
+
+from vllm_hlwq.marlin_moe import marlin_obstacle
+
+
+@given(
+    st.sampled_from([64, 128, 192, 2048, 2816, 2880]),
+    st.sampled_from([32, 96, 192, 352, 704, 768]),
+    st.sampled_from([16, 32, 64, 128, None]),
+)
+def test_the_rule_is_vllms(hidden_size: int, width: int, group_size: int | None) -> None:
+    config = SimpleNamespace(hidden_dim=hidden_size, intermediate_size_per_partition_unpadded=width)
+    allowed = check_moe_marlin_supports_config(config, -1 if group_size is None else group_size, True)
+    assert (marlin_obstacle(hidden_size, width, group_size) is None) == allowed
+
+
+@pytest.mark.parametrize(("group_size", "fits"), [(32, True), (64, True), (128, False)])
+def test_gemma4_26b_takes_groups_of_32_or_64(group_size: int, fits: bool) -> None:
+    assert (marlin_obstacle(2816, 704, group_size) is None) == fits

@@ -1,0 +1,30 @@
+"""vLLM's Marlin INT4 kernels as the backend on CUDA: which experts they can take.
+
+Today this says yes or no, so that no checkpoint is exported that the kernels would refuse; the expert cache computes
+with the reference backend on every device until the CUDA backend is here.
+"""
+
+from __future__ import annotations
+
+SUPPORTED_GROUP_SIZES = (32, 64, 128, None)
+HIDDEN_MULTIPLE = 128
+"""Rows of a Marlin tile along the reduction; vLLM never pads the hidden size, it is the layer's input and output."""
+
+
+def marlin_obstacle(hidden_size: int, expert_width: int, group_size: int | None) -> str | None:
+    """Say why Marlin cannot take INT4 experts of a shape, None if it can.
+
+    Args:
+        hidden_size: the layer's input and output features.
+        expert_width: intermediate features of one expert on one tensor-parallel rank.
+        group_size: input features that share a scale; None for one scale per output channel.
+
+    Source: ``check_moe_marlin_supports_config`` of vLLM 0.32 with tile padding, as compressed-tensors uses it.
+    """
+    if group_size not in SUPPORTED_GROUP_SIZES:
+        return f"group size {group_size} is none of 32, 64, 128 and per channel"
+    if hidden_size % HIDDEN_MULTIPLE:
+        return f"hidden size {hidden_size} is no multiple of {HIDDEN_MULTIPLE}"
+    if group_size is not None and expert_width % group_size:
+        return f"group size {group_size} does not divide the expert width {expert_width}"
+    return None
