@@ -26,6 +26,7 @@ VLLM = Path(sys.executable).parent / "vllm"
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes most of the machine
+    "VLLM_LOGGING_LEVEL": "INFO",  # the start-up line of the cache is read from the log
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # opens /collective_rpc, which the counters are read through
     "HF_HUB_OFFLINE": "1",

@@ -110,7 +110,7 @@ def test_a_request_is_counted_and_warm_up_is_not(cached: Server, greedy: list[li
 
 @pytest.mark.parametrize("cache_size", [1, EXPERTS])
 def test_greedy_tokens_are_the_same_at_every_cache_size(cache_size: int, greedy: list[list[int]]) -> None:
-    assert all(len(set(tokens)) > 3 for tokens in greedy)
+    assert len({token for tokens in greedy for token in tokens}) > 50  # a model stuck on one token proves nothing
     with Server(MODEL, "--moe-expert-cache-size", str(cache_size), *EAGER) as server:
         assert greedy_tokens(server) == greedy
 
