@@ -3,9 +3,10 @@
     python benchmarks/load_memory.py [--out FILE.json]
 
 Generates a Qwen3-MoE-shaped INT4 checkpoint with random experts of at least 2 GiB and one with tiny experts, serves
-both, and compares. Memory is the proportional set size (PSS) of the server and all its child processes; the part that
-belongs to mapped files is told apart, because the kernel may drop it at any time. On a machine without a GPU the slot
-and staging banks, which a GPU would hold, count as host memory too.
+both, and compares. Memory is the proportional set size (PSS). The peak is that of the process that loads the experts,
+until they are in place (vLLM takes the KV cache later), outside mapped files, which the kernel may drop at any time.
+Afterwards counts the server with all its processes. On a machine without a GPU the slot and staging banks, which a GPU
+would hold, count as host memory too.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import json
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
-import environment
 import psutil
 import torch
 from safetensors.torch import save_file
-from serving import Server
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
+
+from vllm_hlwq.bench import environment
+from vllm_hlwq.bench.server import Server
 
 GROUP_SIZE = 32
 CACHE_SIZE = 2
 PEAK_FACTOR, PEAK_EXTRA = 1.1, 2**30
 SETTLED_FACTOR, SETTLED_EXTRA = 1.02, 64 * 2**20
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.05
+LOADED = "Expert cache:"  # begins the line that the server logs when the experts are in place
 
 
 def model_config(num_experts: int, width: int, layers: int) -> Qwen3MoeConfig:
@@ -114,51 +117,49 @@ def write_checkpoint(out: Path, config: Qwen3MoeConfig) -> int:
     return expert_bytes
 
 
-def proportional_set_size(process: psutil.Process) -> tuple[int, int]:
-    """Bytes of PSS of a process and its descendants: all of it, and the part in mapped files."""
-    total = files = 0
+def memory_of(process: psutil.Process) -> list[tuple[int, int]]:
+    """PSS of a process and each of its descendants in bytes: all of it, and the part outside mapped files."""
+    found = []
     for member in [process, *process.children(recursive=True)]:
         try:
             lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended between listing and reading
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
-        total += sizes.get("Pss", 0)
-        files += sizes.get("Pss_File", 0)
-    return total, files
+        total = sizes.get("Pss", 0)
+        found.append((total, total - sizes.get("Pss_File", 0)))
+    return found
 
 
-class PeakSampler(threading.Thread):
-    """Samples memory until told to stop and keeps the largest amount outside mapped files."""
+class LoadingPeak(threading.Thread):
+    """Samples the process that holds most memory until the log says that the experts are loaded."""
 
-    def __init__(self, sample: Callable[[], tuple[int, int]]) -> None:
+    def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
-        self.sample, self.peak, self.stopping = sample, 0, threading.Event()
+        self.server, self.process, self.bytes = server, psutil.Process(server.process.pid), 0
 
     def run(self) -> None:
-        while not self.stopping.wait(SAMPLE_SECONDS):
-            total, files = self.sample()
-            self.peak = max(self.peak, total - files)
+        while LOADED not in self.server.log and self.server.process.poll() is None:
+            self.bytes = max([self.bytes, *(outside_files for _, outside_files in memory_of(self.process))])
+            time.sleep(SAMPLE_SECONDS)
 
 
 def measure(model: Path) -> dict[str, int]:
-    """Serve a checkpoint, answer one request; bytes at the peak of loading and afterwards."""
+    """Serve a checkpoint and answer one request; bytes at the peak of loading and afterwards."""
     server = Server(
         model, "--moe-expert-cache-size", str(CACHE_SIZE), "--max-model-len", "512", "--enforce-eager",
         "--served-model-name", "m",
     )  # fmt: skip
-    process = psutil.Process(server.process.pid)
-    sampler = PeakSampler(lambda: proportional_set_size(process))
-    sampler.start()
+    peak = LoadingPeak(server)
+    peak.start()
     with server:
-        sampler.stopping.set()
-        sampler.join()
+        peak.join()
         server.post("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
-        total, files = proportional_set_size(process)
-        line = next(line for line in server.log.splitlines() if "Expert cache:" in line)
-    print(line[line.index("Expert cache:") :])
+        settled = sum(total for total, _ in memory_of(peak.process))
+        line = next(line for line in server.log.splitlines() if LOADED in line)
+    print(line[line.index(LOADED) :])
     banks = sum(int(amount) for amount in re.findall(r"(\d+) bytes of (?:slots|staging)", line))
-    return {"peak_anonymous": sampler.peak, "settled": total, "settled_anonymous": total - files, "banks": banks}
+    return {"loading_peak": peak.bytes, "settled": settled, "banks": banks}
 
 
 def main() -> int:
@@ -181,13 +182,13 @@ def main() -> int:
         "cache_size": CACHE_SIZE,
         "with_tiny_experts": baseline,
         "with_large_experts": loaded,
-        "peak_over_limit": round(loaded["peak_anonymous"] / peak_limit, 4),
+        "peak_over_limit": round(loaded["loading_peak"] / peak_limit, 4),
         "settled_above_tiny": settled_above,
         "settled_over_limit": round(settled_above / settled_limit, 4),
     }
     mib = 2**20
     print(f"experts                                {expert_bytes / mib:8.0f} MiB")
-    print(f"peak during load, without mapped files {loaded['peak_anonymous'] / mib:8.0f} MiB", end="")
+    print(f"peak of the loading process            {loaded['loading_peak'] / mib:8.0f} MiB", end="")
     print(f"   {result['peak_over_limit']:.2f} of 1.1 x experts + 1 GiB")
     print(f"afterwards, above tiny experts         {settled_above / mib:8.0f} MiB", end="")
     print(f"   {result['settled_over_limit']:.2f} of 1.02 x experts + 64 MiB")

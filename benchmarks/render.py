@@ -46,8 +46,8 @@ def load_memory(result: dict[str, Any]) -> str:
     rows = [
         ("expert weights in the checkpoint", result["expert_bytes"], ""),
         (
-            "peak while loading, without mapped files",
-            large["peak_anonymous"],
+            "peak of the loading process, outside mapped files",
+            large["loading_peak"],
             f"{result['peak_over_limit']:.2f} of 1.1 times the experts + 1 GiB",
         ),
         (

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from openai import OpenAI
-from serving import Server
+
+from vllm_hlwq.bench.server import Server
 
 MODEL = Path(__file__).parent / "tiny_moe" / "model"
 CACHE_SIZE = 4

@@ -16,10 +16,10 @@ import pytest
 import torch
 from engines import LoadedModel, engine_config
 from safetensors.torch import load_file, save_file
-from serving import ENVIRONMENT, VLLM
 from transformers import AutoModelForCausalLM, GptOssConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_hlwq.bench.server import ENVIRONMENT, VLLM
 from vllm_hlwq.checks import check_engine_config
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.int4_checkpoint import export_int4
@@ -196,7 +196,7 @@ def test_the_command_line_refuses_in_one_line(
         (str(qwen3_moe_bf16), flag, "4", "--cpu-offload-gb", "1"): "--cpu-offload-gb 1.0 would take experts",
     }
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda arguments: vllm(str(VLLM), "serve", *arguments), cases))
+        results = list(pool.map(lambda arguments: vllm(VLLM, "serve", *arguments), cases))
     for expected, result in zip(cases.values(), results, strict=True):
         assert result.returncode != 0
         last = result.stderr.strip().splitlines()[-1]
@@ -211,10 +211,10 @@ def test_the_flag_is_known_wherever_engine_arguments_are(tmp_path: Path, dense_b
     config.write_text(f"model: {dense_bf16}\nmoe-expert-cache-size: 4\n")
     api_server = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
     commands = {
-        (str(VLLM), "serve", "--help=ExpertCache"): "--moe-expert-cache-size N",
-        (str(VLLM), "bench", "throughput", "--help=ExpertCache"): "--moe-expert-cache-size N",
+        (VLLM, "serve", "--help=ExpertCache"): "--moe-expert-cache-size N",
+        (VLLM, "bench", "throughput", "--help=ExpertCache"): "--moe-expert-cache-size N",
         (*api_server, "--model", str(dense_bf16), "--moe-expert-cache-size", "4"): "no mixture-of-experts layers",
-        (str(VLLM), "serve", "--config", str(config)): "no mixture-of-experts layers",
+        (VLLM, "serve", "--config", str(config)): "no mixture-of-experts layers",
     }
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda command: vllm(*command), commands))

@@ -13,9 +13,9 @@ import pytest
 import torch
 from corpus import documents
 from openai import OpenAI
-from serving import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_hlwq.bench.server import Server
 from vllm_hlwq.int4_checkpoint import dequantize_int4
 
 pytestmark = pytest.mark.server

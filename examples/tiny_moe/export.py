@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from train import encode_split, perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from vllm_hlwq.bench import environment
 from vllm_hlwq.int4_checkpoint import dequantize_int4, export_int4
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -27,9 +27,6 @@ RESULT = PROJECT / "benchmarks/results/tiny_moe.json"
 GROUP_SIZE = 32
 WINDOWS = 256
 PROMPT = "The for statement is used to iterate over"
-
-sys.path.insert(0, str(PROJECT / "benchmarks"))
-import environment  # noqa: E402
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 START_UP_SECONDS = 600
 SHUTDOWN_SECONDS = 30
 
-VLLM = Path(sys.executable).parent / "vllm"
+VLLM = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "vllm"
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes most of the machine
@@ -50,7 +51,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+        self.command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
         descriptor, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
         self.log_path = Path(name)
         with os.fdopen(descriptor, "wb") as log:
