@@ -65,6 +65,12 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         return {name: cache.counts() for name, cache in self._caches().items()}
 
     def shutdown(self) -> None:
+        try:
+            self._log_counters()
+        finally:  # also when the model was refused because a layer is not ours
+            super().shutdown()
+
+    def _log_counters(self) -> None:
         counts = list(self.expert_cache_counters().values())
         if counts:
             total = {name: sum(layer[name] for layer in counts) for name in counts[0]}
@@ -73,7 +79,6 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 "%(h2d_bytes)d bytes copied to the device",
                 total,
             )
-        super().shutdown()
 
     def _caches(self) -> dict[str, LayerExpertCache]:
         layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
