@@ -8,7 +8,7 @@ Test suites, bundled third-party code and generated tables (charmaps) are left o
 from __future__ import annotations
 
 import hashlib
-import pydoc_data.topics
+import runpy
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +28,20 @@ def split_of(name: str) -> Split:
     return "held-out" if int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0 else "train"
 
 
-def documents(split: Split) -> Iterator[tuple[str, str]]:
-    """Yield ``(name, text)`` of each document of a split, in an order that is the same on every machine."""
-    library = Path(sysconfig.get_path("stdlib"))
+def documents(split: Split, library: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Yield ``(name, text)`` of each document of a split, in an order that is the same on every machine.
+
+    Args:
+        split: which split.
+        library: the standard library's folder; by default that of the running Python.
+    """
+    library = library or Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if EXCLUDED_PARTS.intersection(relative.parts) or split_of(relative.as_posix()) != split:
             continue
         yield relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")
-    for topic, text in sorted(pydoc_data.topics.topics.items()):
+    for topic, text in sorted(runpy.run_path(str(library / "pydoc_data/topics.py"))["topics"].items()):
         name = f"topics/{topic}"
         if split_of(name) == split:
             for _ in range(REFERENCE_REPEATS if split == "train" else 1):
