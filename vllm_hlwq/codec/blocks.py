@@ -1,0 +1,223 @@
+"""Blocks of rotated weights to codes and back: the arithmetic of HLWQ on ``[blocks, block_size]`` at a time.
+
+The nearest level is found through a table of narrow, equal cells, each of which at most one decision threshold
+crosses: one look-up gives the code below the threshold, one the threshold, and a comparison the rest. That is exact,
+where comparing with every level would need ``levels`` times the memory and a binary search ten times the time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .codebooks import boundaries
+from .hadamard import sylvester
+from .packing import pack, unpack_pairs
+from .scratch import Scratch
+
+MIN_NORM = 1e-10
+MAX_NORM = 65504.0
+"""Largest float16."""
+MAX_CELLS = 2**18
+CHUNK_BLOCKS = 2048
+"""Blocks coded at a time: 1 MiB of float32, so that what is worked on stays in a core's cache."""
+CUDA_CHUNK_BLOCKS = 2**17
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is done beyond the plain norm to lower the error; every result decodes by the same published rule.
+
+    gain: store the least-squares factor ``<z, c> / <c, c> * norm`` instead of the norm.
+    rounds: how often codes are chosen again for the stored factor, and the factor for the codes.
+    wide: blocks whose largest coordinate the table would clip are also tried at these multiples of their norm.
+    """
+
+    gain: bool = True
+    rounds: int = 0
+    wide: tuple[float, ...] = ()
+
+
+NORM = Refinement(gain=False)
+GAIN = Refinement()
+SEARCH = Refinement(rounds=4, wide=(1.3, 1.7, 2.2, 3.0))
+
+
+class BlockCoder:
+    """Codes blocks with one table on one device.
+
+    Args:
+        table: ascending float32 levels ``[2 ** bits]``.
+        block_size: weights in a block, a power of two.
+        device: where blocks are coded.
+
+    Raises:
+        ValueError: the table is not ascending, not finite, or its length is no power of two from 4 to 256.
+    """
+
+    def __init__(self, table: torch.Tensor, block_size: int, device: torch.device) -> None:
+        self.bits = len(table).bit_length() - 1
+        if len(table) != 1 << self.bits or not 2 <= self.bits <= 8:
+            raise ValueError(f"a codebook has 4 to 256 levels, a power of two; this one has {len(table)}")
+        table = table.float().cpu()
+        if not table.isfinite().all() or not (table.diff() > 0).all():
+            raise ValueError("a codebook's levels must be finite and ascending; these are not")
+        self.block_size = block_size
+        self.device = device
+        self.table = table.to(device)
+        self.hadamard = sylvester(block_size, device)
+        self.scratch = Scratch(device)
+        self._prepare_cells(table)
+        # Decoding's factor of 1 / block_size is in the table; a pair of levels is one 8-byte look-up.
+        scaled = table / block_size
+        pairs = torch.stack([scaled.repeat_interleave(len(table)), scaled.repeat(len(table))], dim=1).contiguous()
+        self._scaled = scaled.to(device)
+        self._pairs = pairs.view(torch.float64).view(-1).to(device)
+
+    def _prepare_cells(self, table: torch.Tensor) -> None:
+        thresholds = boundaries(table)
+        # The largest float32 that is not above the threshold: z > threshold exactly when z > that.
+        below = thresholds.float()
+        below = torch.where(below.double() > thresholds, torch.nextafter(below, torch.tensor(-math.inf)), below)
+        self._limit = float(table.abs().max()) + 1
+        self._resolution = 16
+        while True:
+            cells = (below * self._resolution).to(torch.int32)  # towards zero, as in _nearest
+            self._zero = math.ceil(self._limit * self._resolution) + 1
+            if bool((cells.diff() > 0).all()):
+                break
+            self._resolution *= 2
+            if self._limit * self._resolution > MAX_CELLS:
+                raise ValueError("two levels of the codebook are too close to tell apart")
+        index = torch.arange(2 * self._zero + 1) - self._zero
+        lower = torch.searchsorted(cells.long(), index)  # thresholds in lower cells
+        threshold = torch.full((len(index),), math.inf)
+        threshold[cells.long() + self._zero] = below
+        self._lower_code = lower.to(torch.uint8).to(self.device)
+        self._threshold = threshold.to(self.device)
+
+    def _nearest(self, z: torch.Tensor) -> torch.Tensor:
+        """Code of the level nearest to each coordinate of ``z``, ties to the lower; ``z`` is clamped in place."""
+        z.clamp_(-self._limit, self._limit)
+        work = self.scratch.take("thresholds", z.shape, torch.float32)
+        cells = self.scratch.take("indices", z.shape, torch.int32)
+        cells.copy_(torch.mul(z, self._resolution, out=work)).add_(self._zero)
+        codes = self.scratch.take("codes", z.shape, torch.uint8)
+        torch.index_select(self._lower_code, 0, cells.view(-1), out=codes.view(-1))
+        torch.index_select(self._threshold, 0, cells.view(-1), out=work.view(-1))
+        above = self.scratch.take("above", z.shape, torch.bool)
+        codes += torch.gt(z, work, out=above).view(torch.uint8)
+        return codes
+
+    def _levels(self, codes: torch.Tensor) -> torch.Tensor:
+        """Level of each code, in the memory that ``_nearest`` used for thresholds."""
+        index = self.scratch.take("indices", codes.shape, torch.int32).copy_(codes)
+        levels = self.scratch.take("thresholds", codes.shape, torch.float32)
+        torch.index_select(self.table, 0, index.view(-1), out=levels.view(-1))
+        return levels
+
+    def _choose(
+        self, rotated: torch.Tensor, scale: torch.Tensor, refinement: Refinement
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, factor [m] and fitted energy [m] of blocks, starting from ``scale`` [m].
+
+        The squared error of a block at its least-squares factor is its energy less the fitted energy
+        ``<r, c> ** 2 / <c, c>``. Codes are in scratch memory.
+        """
+        z = self.scratch.take("z", rotated.shape, torch.float32)
+        fitted = torch.zeros_like(scale)
+        for _ in range(refinement.rounds + 1):
+            codes = self._nearest(torch.div(rotated, scale.unsqueeze(1), out=z))
+            if not refinement.gain:
+                break
+            levels = self._levels(codes)
+            along = torch.linalg.vecdot(rotated, levels)
+            energy = torch.linalg.vecdot(levels, levels)
+            fitted = along * along / energy
+            scale = (along / energy).clamp(min=MIN_NORM)
+        return codes, scale, fitted
+
+    def encode(
+        self, blocks: torch.Tensor, refinement: Refinement, packed: torch.Tensor, measure: bool = False
+    ) -> tuple[torch.Tensor, float]:
+        """Code blocks.
+
+        Args:
+            blocks: float32 ``[m, block_size]``, contiguous.
+            refinement: how much is done to lower the error.
+            packed: uint8 ``[m * block_size * bits / 8]`` to write the codes to, MSB-first.
+            measure: whether the error is wanted; else it is 0.
+
+        Returns:
+            The factors as stored, float16 ``[m]``, and the sum of squared errors they leave, before rounding to BF16.
+
+        Raises:
+            ValueError: a weight is not finite, or a factor exceeds float16.
+        """
+        norms = torch.linalg.vector_norm(blocks, dim=1).clamp_(min=MIN_NORM)
+        if not bool(norms.isfinite().all()):
+            raise ValueError("holds NaN, inf, or weights whose squares exceed float32")
+        rotated = self.scratch.take("rotated", blocks.shape, torch.float32)
+        torch.mm(blocks, self.hadamard, out=rotated)
+        codes, factors, fitted = self._choose(rotated, norms, refinement)
+        if refinement.wide:
+            codes = self._widen(rotated, norms, refinement, codes, factors, fitted)
+        largest = float(factors.max()) if len(factors) else 0.0
+        if largest > MAX_NORM:
+            raise ValueError(f"has a block of norm {largest:.6g}, beyond float16's {MAX_NORM:g}")
+        stored = factors.half()
+        error = 0.0
+        if measure:
+            rest = rotated.sub_(self._levels(codes).mul_(stored.float().unsqueeze(1)))
+            error = float(torch.linalg.vector_norm(rest).square().double()) / self.block_size
+        pack(codes, self.bits, out=packed, scratch=self.scratch)
+        return stored, error
+
+    def _widen(
+        self,
+        rotated: torch.Tensor,
+        norms: torch.Tensor,
+        refinement: Refinement,
+        codes: torch.Tensor,
+        factors: torch.Tensor,
+        fitted: torch.Tensor,
+    ) -> torch.Tensor:
+        """Try wider factors for blocks with clipped coordinates; update ``factors`` in place, return the codes."""
+        peak = rotated.abs().amax(dim=1) / norms
+        clipped = torch.nonzero(peak > self.table[-1] + (self.table[-1] - self.table[-2]) / 2).view(-1)
+        if len(clipped) == 0:
+            return codes
+        codes = codes.clone()
+        subset, best = rotated[clipped], fitted[clipped]
+        for multiple in refinement.wide:
+            tried, scale, energy = self._choose(subset, norms[clipped] * multiple, refinement)
+            better = energy > best
+            where = clipped[better]
+            codes[where], factors[where], best = tried[better], scale[better], torch.maximum(best, energy)
+        return codes
+
+    def decode(self, packed: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """Weights float32 ``[m, block_size]`` of packed codes and norms [m]; in scratch memory until the next call."""
+        count = len(norms) * self.block_size
+        levels = self.scratch.take("levels", (len(norms), self.block_size), torch.float32)
+        if self.bits == 8:
+            index = self.scratch.take("indices", (count,), torch.int32).copy_(packed)
+            torch.index_select(self._scaled, 0, index, out=levels.view(-1))
+        else:
+            pairs = unpack_pairs(packed, count, self.bits, self.scratch)
+            torch.index_select(self._pairs, 0, pairs, out=levels.view(-1).view(torch.float64))
+        return self._unrotate(levels, norms)
+
+    def decode_codes(self, codes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """As ``decode``, from codes uint8 ``[m, block_size]``."""
+        index = self.scratch.take("indices", codes.shape, torch.int32).copy_(codes)
+        levels = self.scratch.take("levels", codes.shape, torch.float32)
+        torch.index_select(self._scaled, 0, index.view(-1), out=levels.view(-1))
+        return self._unrotate(levels, norms)
+
+    def _unrotate(self, levels: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        weights = self.scratch.take("weights", levels.shape, torch.float32)
+        torch.mm(levels, self.hadamard, out=weights)
+        return weights.mul_(norms.float().unsqueeze(1))

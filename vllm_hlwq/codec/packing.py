@@ -1,0 +1,152 @@
+"""Codes of 2 to 8 bits to bytes and back: most significant bit first, least significant first, nibbles by halves.
+
+Eight codes are merged within a 64-bit word by three rounds of shifts over all words at once; the ``bits`` low bytes of
+each word are the stream. No loop over rows and no table, and the same code runs on CUDA.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import torch
+
+from .scratch import Scratch
+
+if sys.byteorder != "little":
+    raise ImportError("codes are packed through 64-bit words of little-endian machines; this machine is big-endian")
+
+BitOrder = Literal["msb", "lsb"]
+_LANES = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFFFFF}
+"""The lower half of each lane pair, by the width of a lane before it is merged with its neighbour."""
+
+
+def _merge(words: torch.Tensor, bits: int, order: BitOrder, scratch: Scratch) -> torch.Tensor:
+    """Eight codes, one a byte, to one number of ``8 * bits`` bits; in place; the first code highest under ``msb``."""
+    second = scratch.take("other words", words.shape, torch.int64)
+    for lane, mask in _LANES.items():
+        torch.bitwise_right_shift(words, lane, out=second).bitwise_and_(mask)
+        words.bitwise_and_(mask)
+        (words if order == "msb" else second).bitwise_left_shift_(bits * lane // 8)
+        words.bitwise_or_(second)
+    return words
+
+
+def _spread(words: torch.Tensor, bits: int, order: BitOrder, lane_bits: int, scratch: Scratch) -> torch.Tensor:
+    """Undo the rounds of ``_merge``, in place, down to lanes of ``lane_bits`` with ``lane_bits // 8`` codes each."""
+    other = scratch.take("other words", words.shape, torch.int64)
+    for lane in (32, 16, 8):
+        if lane < lane_bits:
+            break
+        width = bits * lane // 8
+        mask = sum(((1 << width) - 1) << shift for shift in range(0, 64, 2 * lane))
+        torch.bitwise_right_shift(words, width, out=other).bitwise_and_(mask)
+        words.bitwise_and_(mask)
+        (words if order == "msb" else other).bitwise_left_shift_(lane)
+        words.bitwise_or_(other)
+    return words
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take; the last byte is filled with zeros."""
+    return (count * bits + 7) // 8
+
+
+def pack(
+    codes: torch.Tensor,
+    bits: int,
+    order: BitOrder = "msb",
+    out: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> torch.Tensor:
+    """Pack codes into bytes.
+
+    Args:
+        codes: uint8, contiguous, any shape, values below ``2 ** bits``; read in row-major order.
+        bits: width of a code, 2 to 8.
+        order: ``msb``: the stream read as one big-endian number; ``lsb``: as a little-endian one.
+        out: uint8 ``[packed_size]`` on the codes' device to write to.
+        scratch: memory to work in, for callers with many chunks.
+
+    Returns:
+        uint8 ``[packed_size(codes.numel(), bits)]``.
+    """
+    flat = codes.reshape(-1)
+    size = packed_size(len(flat), bits)
+    scratch = scratch or Scratch(flat.device)
+    if out is None:
+        out = torch.empty(size, dtype=torch.uint8, device=flat.device)
+    if bits == 8:
+        return out.copy_(flat)
+    words = scratch.take("words", ((len(flat) + 7) // 8,), torch.int64)
+    words[-1:] = 0  # codes that fill up the last eight
+    words.view(torch.uint8)[: len(flat)] = flat
+    numbers = _merge(words, bits, order, scratch).view(torch.uint8).view(-1, 8)[:, :bits]
+    stream = numbers.flip(1) if order == "msb" else numbers
+    if size % bits == 0:
+        out.view(-1, bits).copy_(stream)
+    else:
+        out.copy_(stream.reshape(-1)[:size])
+    return out
+
+
+def _lanes(
+    packed: torch.Tensor, count: int, bits: int, order: BitOrder, lane_bits: int, scratch: Scratch
+) -> torch.Tensor:
+    """int64 words whose lanes hold one code (8) or two codes (16) each, of at least ``count`` codes."""
+    if len(packed) != packed_size(count, bits):
+        raise ValueError(
+            f"{len(packed)} bytes cannot hold {count} codes of {bits} bits; {packed_size(count, bits)} would"
+        )
+    if len(packed) % bits:
+        packed = torch.nn.functional.pad(packed, (0, -len(packed) % bits))
+    stream = packed.view(-1, bits)
+    words = scratch.take("words", (len(stream),), torch.int64).zero_()
+    words.view(torch.uint8).view(-1, 8)[:, :bits] = stream.flip(1) if order == "msb" else stream
+    return _spread(words, bits, order, lane_bits, scratch)
+
+
+def unpack(packed: torch.Tensor, count: int, bits: int, order: BitOrder = "msb") -> torch.Tensor:
+    """Inverse of ``pack``: uint8 ``[count]``.
+
+    Raises:
+        ValueError: ``packed`` is not exactly as long as ``count`` codes are.
+    """
+    if bits == 8 and len(packed) == count:
+        return packed.clone()
+    return _lanes(packed, count, bits, order, 8, Scratch(packed.device)).view(torch.uint8)[:count]
+
+
+def unpack_pairs(packed: torch.Tensor, count: int, bits: int, scratch: Scratch | None = None) -> torch.Tensor:
+    """MSB-first codes two at a time: int32 ``[count / 2]`` of ``first << bits | second``, to index a table of pairs.
+
+    The result is in ``scratch`` if one is given, and so lives until its next use.
+
+    Raises:
+        ValueError: ``count`` is odd, ``bits`` is 8, or ``packed`` is not as long as ``count`` codes are.
+    """
+    if count % 2 or bits == 8:
+        raise ValueError(f"{count} codes of {bits} bits do not make pairs of at most 15 bits")
+    scratch = scratch or Scratch(packed.device)
+    pairs = _lanes(packed, count, bits, "msb", 16, scratch).view(torch.int16)[: count // 2]
+    return scratch.take("indices", (count // 2,), torch.int32).copy_(pairs)
+
+
+def unpack_half_block_nibbles(packed: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Four-bit codes of the older files: byte i of a block holds code ``i`` low and code ``block_size / 2 + i`` high.
+
+    Args:
+        packed: uint8 ``[..., block_size / 2]`` per block, contiguous.
+        block_size: codes in a block.
+
+    Returns:
+        uint8 ``[blocks, block_size]``.
+    """
+    halves = packed.reshape(-1, block_size // 2)
+    return torch.cat([halves & 0xF, halves >> 4], dim=1)
+
+
+def pack_half_block_nibbles(codes: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Inverse of ``unpack_half_block_nibbles``: uint8 ``[blocks, block_size / 2]``."""
+    blocks = codes.reshape(-1, block_size)
+    return blocks[:, : block_size // 2] | (blocks[:, block_size // 2 :] << 4)
