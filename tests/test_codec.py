@@ -102,13 +102,13 @@ def test_codebooks_are_the_published_ones(key: str) -> None:
     assert torch.equal(table, -table.flip(0))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 5, 8])
 def test_table_c_is_optimal(bits: int) -> None:
     """Each level is the mean of a normal density over its cell, by numerical integration."""
     table = codebook("C", bits).double()
     edges = torch.cat([torch.tensor([-12.0]), boundaries(table.float()), torch.tensor([12.0])]).double()
     for low, high, level in zip(edges[:-1], edges[1:], table, strict=True):
-        x = torch.linspace(low, high, 4001, dtype=torch.float64)
+        x = torch.linspace(low, high, 20001, dtype=torch.float64)
         density = torch.exp(-0.5 * x * x)
         mean = torch.trapezoid(x * density, x) / torch.trapezoid(density, x)
         assert abs(mean - level) < 2e-6

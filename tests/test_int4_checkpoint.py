@@ -8,10 +8,10 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from safetensors.torch import load_file
 
+from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.int4_checkpoint import (
     dequantize_int4,
     dequantize_weight,
-    export_int4,
     fuse_experts,
     int4_arguments,
     quantize_weight,

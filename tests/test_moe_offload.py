@@ -11,7 +11,8 @@ from checkpoints import NUM_EXPERTS, TOP_K
 from engines import LoadedModel
 from transformers import AutoModelForCausalLM
 
-from vllm_hlwq.int4_checkpoint import dequantize_int4, export_int4
+from vllm_hlwq.checkpoint.export import export_int4
+from vllm_hlwq.int4_checkpoint import dequantize_int4
 
 FORMATS = {
     "bf16": None,

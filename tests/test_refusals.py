@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_hlwq.bench.server import ENVIRONMENT, VLLM
+from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checks import check_engine_config
 from vllm_hlwq.errors import ExpertCacheError
-from vllm_hlwq.int4_checkpoint import export_int4
 from vllm_hlwq.options import ExpertCacheOptions
 
 

@@ -1,5 +1,9 @@
-"""The one exception of this package that a user is meant to read."""
+"""The exceptions of this package that a user is meant to read: one line that names thing, value and remedy."""
 
 
 class ExpertCacheError(ValueError):
-    """A request that cannot be honoured: the message names the thing, its value and the remedy, in one line."""
+    """A request to the expert cache that cannot be honoured."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, converted or written."""

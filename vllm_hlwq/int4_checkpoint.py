@@ -1,8 +1,7 @@
-"""INT4 checkpoints in the compressed-tensors ``pack-quantized`` format, and their way back to 16 bit.
+"""INT4 weights in the compressed-tensors ``pack-quantized`` format, and the way back to 16 bit.
 
-``export_int4`` quantises the experts of a 16-bit transformers checkpoint by round-to-nearest and leaves everything
-else as it is, named in ``ignore``. ``dequantize_int4`` writes the 16-bit checkpoint that an INT4 one stands for: the
-oracle for everything that computes with the INT4 weights.
+``dequantize_int4`` writes the 16-bit checkpoint that an INT4 one stands for: the oracle for everything that computes
+with the INT4 weights. Whole checkpoints are exported by ``checkpoint/export.py``.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
-from .errors import ExpertCacheError
-from .marlin_moe import marlin_obstacle
-
 WEIGHTS = "model.safetensors"
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 _FUSED = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$")
 _EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.(?P<name>gate_proj|up_proj|down_proj)$")
 
 State = dict[str, torch.Tensor]
+SCALE_FRACTIONS = tuple(1 - 0.03 * step for step in range(14))
+"""Of the scale that the largest weight asks for; smaller ones clip it and serve the others better."""
 
 
 def int4_arguments(group_size: int | None, symmetric: bool) -> QuantizationArgs:
@@ -42,12 +40,34 @@ def int4_arguments(group_size: int | None, symmetric: bool) -> QuantizationArgs:
     )
 
 
-def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs) -> State:
-    """Quantise one matrix by round-to-nearest with the scale as it will be stored.
+def search_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The best of several symmetric scales for each group, by squared error.
+
+    Args:
+        groups: weights float32 ``[out, groups, group_size]``.
+        scale: ``[out, groups]`` in the dtype that is stored, from each group's largest weight.
+
+    Returns:
+        ``[out, groups]``: candidates are rounded to the stored dtype before they are judged.
+    """
+    best = scale
+    least = torch.full(scale.shape, float("inf"), device=scale.device)
+    for fraction in SCALE_FRACTIONS:
+        candidate = (scale.float() * fraction).to(scale.dtype)
+        wide = candidate.float().unsqueeze(-1)
+        error = (groups / wide).round_().clamp_(-8, 7).mul_(wide).sub_(groups).square_().sum(-1)
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best
+
+
+def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs, search: bool = False) -> State:
+    """Quantise one matrix to the nearest level, with the scale as it will be stored.
 
     Args:
         weight: [out, in] in BF16 or FP16; ``in`` divisible by the group size and by 8.
         arguments: of ``int4_arguments``.
+        search: whether symmetric scales are searched by squared error; else they follow the largest weight.
 
     Returns:
         ``weight_packed`` int32 [out, in / 8], ``weight_scale`` [out, groups] in the weight's dtype, ``weight_shape``,
@@ -60,13 +80,15 @@ def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs) -> State:
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
     # An all-zero group has scale 0; any positive scale stores its zeros exactly.
     scale = torch.where(scale == 0, 1.0, scale).to(weight.dtype)
+    if search and arguments.symmetric:
+        scale = search_scale(groups, scale)
     state = {
         "weight": weight.float(),
         "weight_scale": scale,
         "weight_zero_point": zero_point.round().to(torch.int8),
     }
     packed = PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=[], weights=arguments))
-    return {name: tensor.contiguous() for name, tensor in packed.items()}
+    return {name: tensor.contiguous().cpu() for name, tensor in packed.items()}
 
 
 def dequantize_weight(state: State, arguments: QuantizationArgs) -> torch.Tensor:
@@ -110,47 +132,6 @@ def fuse_experts(state: State) -> State:
     return fused
 
 
-def export_int4(source: Path, out: Path, group_size: int | None = 32, symmetric: bool = True) -> None:
-    """Write the INT4 sibling of a 16-bit checkpoint with one safetensors file.
-
-    Args:
-        source: folder of a transformers checkpoint with ``model.safetensors``.
-        out: folder to write; made if absent.
-        group_size: input features that share a scale; None for one scale per output channel.
-        symmetric: whether groups have no zero point.
-
-    Raises:
-        ExpertCacheError: vLLM's Marlin kernels cannot take experts of this shape with this group size.
-    """
-    arguments = int4_arguments(group_size, symmetric)
-    state: State = {}
-    ignored = []
-    for name, tensor in split_experts(load_file(source / WEIGHTS)).items():
-        module = name.removesuffix(".weight")
-        if _EXPERT.match(module):
-            _require_marlin(module, tensor.shape, group_size)
-            state.update({f"{module}.{key}": value for key, value in quantize_weight(tensor, arguments).items()})
-        else:
-            state[name] = tensor
-            if tensor.ndim == 2 and name.endswith(".weight"):
-                ignored.append(module)
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": sorted({*ignored, "lm_head"}),
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": arguments.model_dump(mode="json", exclude_none=True),
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
-    }
-    _write(source, out, state, quantization)
-
-
 def dequantize_int4(source: Path, out: Path, fused: bool = True) -> None:
     """Write the 16-bit checkpoint that an INT4 one stands for.
 
@@ -171,13 +152,6 @@ def dequantize_int4(source: Path, out: Path, fused: bool = True) -> None:
             state[name] = tensor
     state.update({f"{module}.weight": dequantize_weight(parts, arguments) for module, parts in packed.items()})
     _write(source, out, fuse_experts(state) if fused else state, None)
-
-
-def _require_marlin(module: str, shape: torch.Size, group_size: int | None) -> None:
-    hidden, width = shape if module.endswith("down_proj") else (shape[1], shape[0])
-    obstacle = marlin_obstacle(hidden, width, group_size)
-    if obstacle is not None:
-        raise ExpertCacheError(f"{module}: vLLM's Marlin kernels cannot take it, {obstacle}; choose another group size")
 
 
 def _write(source: Path, out: Path, state: State, quantization: dict[str, Any] | None) -> None:

@@ -11,6 +11,21 @@ HIDDEN_MULTIPLE = 128
 """Rows of a Marlin tile along the reduction; vLLM never pads the hidden size, it is the layer's input and output."""
 
 
+LINEAR_OUT_MULTIPLE = 64
+"""Columns of a Marlin tile; a linear layer's outputs are not padded."""
+
+
+def linear_obstacle(out_features: int, in_features: int, group_size: int | None) -> str | None:
+    """Say why Marlin cannot take an INT4 linear layer of a shape, None if it can; arguments as below."""
+    if out_features % LINEAR_OUT_MULTIPLE:
+        return f"{out_features} outputs are no multiple of {LINEAR_OUT_MULTIPLE}"
+    if in_features % HIDDEN_MULTIPLE:
+        return f"{in_features} inputs are no multiple of {HIDDEN_MULTIPLE}"
+    if group_size is not None and in_features % group_size:
+        return f"group size {group_size} does not divide {in_features} inputs"
+    return None
+
+
 def marlin_obstacle(hidden_size: int, expert_width: int, group_size: int | None) -> str | None:
     """Say why Marlin cannot take INT4 experts of a shape, None if it can.
 

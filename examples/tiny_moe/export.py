@@ -19,7 +19,8 @@ from train import encode_split, perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from vllm_hlwq.bench import environment
-from vllm_hlwq.int4_checkpoint import dequantize_int4, export_int4
+from vllm_hlwq.checkpoint.export import export_int4
+from vllm_hlwq.int4_checkpoint import dequantize_int4
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 MODEL = Path(__file__).resolve().parent / "model"

@@ -133,9 +133,9 @@ def detect(counts: torch.Tensor, block_size: int) -> CodebookName | None:
     shares = counts.double() / counts.sum()
     seen = ((shares[0] + shares[-1]).item(), (shares[1] + shares[-2]).item())
 
-    def fits(name: str) -> bool:
-        expected = expected_shares(name, bits, block_size)  # type: ignore[arg-type]
+    def fits(name: CodebookName) -> bool:
+        expected = expected_shares(name, bits, block_size)
         return all(abs(s - e) <= SHARE_TOLERANCE * e for s, e in zip(seen, expected, strict=True))
 
-    fitting = [name for name in get_args(CodebookName) if fits(name)]
+    fitting: list[CodebookName] = [name for name in get_args(CodebookName) if fits(name)]
     return fitting[0] if len(fitting) == 1 else None

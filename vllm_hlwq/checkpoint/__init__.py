@@ -1,0 +1,1 @@
+"""Model folders: reading, coding, exporting and writing them."""

@@ -1,0 +1,79 @@
+"""What all conversions share: the task that identifies one, progress, side files, and copying what stays as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .sources import PIECE_BYTES, WeightSource
+from .tensor_folder import PICKLE_SUFFIXES, TensorFolder
+from .writer import FolderWriter, Group, TensorPlan
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLE_SUFFIXES)
+OWN_FILES = ("config.json", "README.md")
+SIDE_FILE_BYTES = 64 * 2**20
+
+
+def side_files(folder: TensorFolder) -> list[Path]:
+    """Tokenizer, templates, processors and the like: every small file that is no weight and no description of weights.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
+    """
+    files = []
+    for path in sorted(folder.path.iterdir()):
+        described = path.name.endswith(".index.json") or path.name.startswith(("hlwq_", "polar_", "."))
+        if path.is_file() and not described and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES:
+            folder.inside(path)
+            if path.stat().st_size <= SIDE_FILE_BYTES:
+                files.append(path)
+    return files
+
+
+def task_of(source: WeightSource, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What identifies a conversion: its kind and options, and the files it reads by size and time of change."""
+    files = {
+        str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns]
+        for folder in source.folders()
+        for file in folder.files
+    }
+    config = json.dumps(source.config(), sort_keys=True)
+    return {"kind": kind, "options": options, "files": files, "config": config}
+
+
+def plain_group(source: WeightSource, name: str) -> Group:
+    """A parameter that is written as it is."""
+    parameter = source.parameters[name]
+    return Group(name, (TensorPlan(name, parameter.dtype, parameter.shape),))
+
+
+def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter as it is, a piece at a time."""
+    parameter = source.parameters[name]
+    step = max(1, PIECE_BYTES // max(1, parameter.columns * parameter.dtype.itemsize))
+    for start in range(0, parameter.rows, step):
+        yield name, source.rows(name, start, min(parameter.rows, start + step))
+
+
+def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Any, title: str) -> None:
+    """Write all shards; the bar counts the parameters' bytes, and is quiet where nobody sees it."""
+    total = sum(p.bytes for p in source.parameters.values())
+    bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+    with bar:
+
+        def advance(group: Group) -> None:
+            parameter = source.parameters.get(group.parameter)
+            if parameter is not None:
+                bar.update(parameter.bytes)
+
+        writer.run(produce, advance)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people: ``16.61 GB``, ``7.4 MB``."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,234 @@
+"""A 16-bit or HLWQ checkpoint to its INT4 sibling: compressed-tensors ``pack-quantized``, as stock vLLM loads it.
+
+Experts become INT4, one matrix each; what stays in 16 bit is named in ``ignore``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+
+from ..errors import CheckpointError
+from ..int4_checkpoint import int4_arguments, quantize_weight
+from ..marlin_moe import SUPPORTED_GROUP_SIZES, linear_obstacle, marlin_obstacle
+from .conversion import copy_pieces, plain_group, run_with_progress, side_files, task_of
+from .layouts import Matrix, Vector, expert_biases, expert_matrices, linear_matrix
+from .reader import HlwqSource
+from .sources import PlainSource, WeightSource
+from .writer import SHARD_BYTES, FolderWriter, Group, TensorPlan
+
+GroupSize = int | Literal["auto"] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes INT4, by source parameter, and at which group size."""
+
+    group_size: int | None
+    matrices: dict[str, list[Matrix]]
+    biases: dict[str, list[Vector]]
+    kept_modules: list[str]
+
+
+def _width_and_hidden(matrix: Matrix) -> tuple[int, int]:
+    out, columns = matrix.shape
+    return (columns, out) if matrix.module.endswith(("down_proj", "w2")) else (out, columns)
+
+
+def choose_group_size(experts: list[Matrix], wanted: GroupSize, path: Path) -> int | None:
+    """The group size asked for, or with ``auto`` the largest that every expert's shape admits.
+
+    Raises:
+        CheckpointError: vLLM's Marlin kernels take none of them, or not the one asked for.
+    """
+    candidates: tuple[int | None, ...] = (128, 64, 32) if wanted == "auto" else (wanted,)
+    shapes = {(_width_and_hidden(matrix)): matrix.module for matrix in experts}
+    reason = ""
+    for size in candidates:
+        for (width, hidden), module in shapes.items():
+            obstacle = marlin_obstacle(hidden, width, size)
+            if obstacle is not None:
+                reason = f"{module}: {obstacle}"
+                break
+        else:
+            return size
+    sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size is not None)
+    remedy = "no group size helps" if wanted == "auto" else f"choose another of {sizes}, or leave --group-size out"
+    raise CheckpointError(f"{path}: vLLM's Marlin INT4 kernels cannot take {reason}; {remedy}")
+
+
+def plan_export(source: WeightSource, group_size: GroupSize, linears: bool) -> Plan:
+    """Sort a model's parameters into INT4 matrices and the rest.
+
+    Raises:
+        CheckpointError: there are no experts, or their shapes fit no layout or kernel.
+    """
+    matrices = {name: found for name in source.parameters if (found := expert_matrices(source, name)) is not None}
+    if not matrices:
+        raise CheckpointError(f"{source.path}: holds no experts; only mixture-of-experts models are exported")
+    experts = [matrix for found in matrices.values() for matrix in found]
+    size = choose_group_size(experts, group_size, source.path)
+    biases = {name: parts for name in source.parameters if (parts := expert_biases(source, name)) is not None}
+    if linears:
+        for name in source.parameters:
+            matrix = None if name in matrices else linear_matrix(source, name)
+            if matrix is not None and linear_obstacle(*matrix.shape, size) is None:
+                matrices[name] = [matrix]
+        _keep_fused_together(matrices)
+    kept = [
+        name.removesuffix(".weight")
+        for name, parameter in source.parameters.items()
+        if name.endswith(".weight") and len(parameter.shape) >= 2 and name not in matrices
+    ]
+    return Plan(size, matrices, biases, kept)
+
+
+def _keep_fused_together(matrices: dict[str, list[Matrix]]) -> None:
+    """vLLM fuses q, k, v, and gate, up, of a layer: either all of them are INT4 or none."""
+    families = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    for name in list(matrices):
+        found = matrices.get(name)
+        if found is None or found[0].expert:
+            continue
+        stem, _, last = found[0].module.rpartition(".")
+        for family in families:
+            siblings = [f"{stem}.{other}.weight" for other in family]
+            present = [sibling for sibling in siblings if sibling in matrices]
+            if last in family and len({matrices[s][0].shape[1] for s in present}) > 1:
+                for sibling in present:
+                    del matrices[sibling]
+
+
+def _int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+    dtype = _scale_dtype(source.parameters[name].dtype)
+    tensors = []
+    for matrix in plan.matrices[name]:
+        rows, columns = matrix.shape
+        groups = columns // (plan.group_size or columns)
+        tensors += [
+            TensorPlan(f"{matrix.module}.weight_packed", torch.int32, (rows, columns // 8)),
+            TensorPlan(f"{matrix.module}.weight_scale", dtype, (rows, groups)),
+            TensorPlan(f"{matrix.module}.weight_shape", torch.int64, (2,)),
+        ]
+        if not arguments.symmetric:
+            shape = (-(-rows // 8), groups)
+            tensors.append(TensorPlan(f"{matrix.module}.weight_zero_point", torch.int32, shape))
+    return Group(name, tuple(tensors))
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def export_int4(
+    source: WeightSource | Path,
+    out: Path,
+    group_size: GroupSize = "auto",
+    symmetric: bool = True,
+    search: bool = True,
+    linears: bool = False,
+    device: torch.device | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Write the INT4 sibling of a checkpoint.
+
+    Args:
+        source: a checkpoint, or the folder of a 16-bit one.
+        out: folder to make.
+        group_size: input features that share a scale; None for one scale per output channel, ``auto`` for the largest
+            that the model's shapes admit.
+        symmetric: whether groups have no zero point.
+        search: whether each group's scale is the best of several by squared error, not the largest weight's.
+        linears: whether linear layers outside the experts become INT4 too, where Marlin takes their shape.
+        device: where weights are quantised.
+        shard_bytes: size at which a new file is begun.
+
+    Returns:
+        What was exported.
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete, vLLM's kernels cannot take the experts' shapes, or
+            ``out`` cannot be written.
+    """
+    if isinstance(source, Path):
+        source = PlainSource(source)
+    if isinstance(source, HlwqSource):
+        missing = source.missing()
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{source.path}: {missing[0]}{more} are not in it; give --base-model, which has them")
+    plan = plan_export(source, group_size, linears)
+    arguments = int4_arguments(plan.group_size, symmetric)
+    groups = []
+    for name in source.parameters:
+        if name in plan.matrices:
+            groups.append(_int4_group(name, plan, arguments, source))
+        elif name in plan.biases:
+            dtype = source.parameters[name].dtype
+            groups.append(Group(name, tuple(TensorPlan(b.name, dtype, b.shape) for b in plan.biases[name])))
+        else:
+            groups.append(plain_group(source, name))
+    options = {
+        "group_size": plan.group_size, "symmetric": symmetric, "search": search, "linears": linears,
+        "shard_bytes": shard_bytes,
+    }  # fmt: skip
+    writer = FolderWriter(out, task_of(source, "export", options), groups, shard_bytes)
+    compute = device or torch.device("cpu")
+
+    def produce(group: Group) -> Iterator[tuple[str, torch.Tensor]]:
+        if group.parameter in plan.matrices:
+            for matrix in plan.matrices[group.parameter]:
+                yield from _quantized(source, group.parameter, matrix, arguments, search, compute)
+        elif group.parameter in plan.biases:
+            for bias in plan.biases[group.parameter]:
+                yield bias.name, bias.read()
+        else:
+            yield from copy_pieces(source, group.parameter)
+
+    run_with_progress(writer, source, produce, "exporting INT4")
+    config = source.config()
+    config["quantization_config"] = _quantization_config(plan, arguments)
+    copies = {path.name: path for folder in reversed(source.folders()) for path in side_files(folder)}
+    writer.finish({"config.json": config}, list(copies.values()))
+    return plan
+
+
+def _quantized(
+    source: WeightSource,
+    name: str,
+    matrix: Matrix,
+    arguments: QuantizationArgs,
+    search: bool,
+    device: torch.device,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    weight = matrix.read().to(device)
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(
+            f"{source.path}: {name}, for {matrix.module}, holds NaN or inf; mend the weights before exporting"
+        )
+    weight = weight.to(_scale_dtype(source.parameters[name].dtype)) if weight.dtype == torch.float32 else weight
+    for key, tensor in quantize_weight(weight, arguments, search).items():
+        yield f"{matrix.module}.{key}", tensor
+
+
+def _quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        # A tied head is no tensor of its own, but vLLM makes a module of it.
+        "ignore": sorted({*plan.kept_modules, "lm_head"}),
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": arguments.model_dump(mode="json", exclude_none=True),
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+    }

@@ -1,0 +1,228 @@
+"""The ``hlwq`` command: checkpoints to HLWQ, to INT4, back to 16 bit, and what is in them.
+
+An error is one line on standard error and exit code 1; results go to standard output, progress to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint.conversion import gigabytes
+from .checkpoint.export import GroupSize, export_int4
+from .checkpoint.inspect import by_layer, inspect
+from .checkpoint.quantize import dequantize, open_source, quantize
+from .checkpoint.reader import HlwqSource
+from .checkpoint.verify import verify
+from .codec import CodebookName
+from .errors import CheckpointError
+from .marlin_moe import SUPPORTED_GROUP_SIZES
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Codebook(StrEnum):
+    A = "A"
+    B = "B"
+    C = "C"
+
+
+class Fit(StrEnum):
+    norm = "norm"
+    gain = "gain"
+    search = "search"
+
+
+class Format(StrEnum):
+    compressed_tensors = "compressed-tensors"
+
+
+class Scales(StrEnum):
+    search = "search"
+    max = "max"
+
+
+Source = Annotated[Path, typer.Argument(help="Folder of the model to read.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Folder to make; it must not exist, or be empty.", show_default=False)]
+BaseModel = Annotated[
+    Path | None, typer.Option(help="Folder of the 16-bit model, for files that hold only what is coded.")
+]
+CodebookOption = Annotated[
+    Codebook | None, typer.Option(help="Table of a file that stores none; detected if there are enough codes.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")]
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CheckpointError as error:
+            typer.echo(f"hlwq: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("hlwq: interrupted; the same command goes on where this one stopped", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(f"--device {name}: no such device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"--device {name}: not supported; use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"--device {name}: PyTorch sees no CUDA device; use cpu")
+    return device
+
+
+def _name(codebook: Any) -> CodebookName | None:
+    return None if codebook is None else codebook.value
+
+
+@app.command("quantize")
+@_one_line_errors
+def quantize_command(
+    source: Source,
+    out: Out,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of a code.")] = 5,
+    codebook: Annotated[Codebook, typer.Option(help="Table to code with; it is stored.")] = Codebook.C,
+    fit: Annotated[
+        Fit,
+        typer.Option(help="What a block stores: norm; gain, its least-squares factor; search, the best of several."),
+    ] = Fit.search,
+    device: Device = "cpu",
+) -> None:
+    """Code a 16-bit model: BF16 safetensors to an HLWQ checkpoint."""
+    done = quantize(source, out, bits, codebook.value, fit.value, _device(device))
+    typer.echo(
+        f"{out}: {len(done.coded)} parameters coded at {bits} bits, {len(done.kept)} kept; "
+        f"{gigabytes(done.original_bytes)} to {gigabytes(done.bytes)}, "
+        f"relative mean squared error {done.relative_mse:.6f}; read back and verified"
+    )
+
+
+@app.command("export")
+@_one_line_errors
+def export_command(
+    source: Source,
+    out: Out,
+    format: Annotated[Format, typer.Option(help="Format to write.")] = Format.compressed_tensors,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; by default the largest the shapes admit.")
+    ] = None,
+    scales: Annotated[
+        Scales, typer.Option(help="search: best of several scales by squared error; max: by the largest weight.")
+    ] = Scales.search,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="Also make linear layers outside the experts INT4, where Marlin can.")
+    ] = False,
+    base_model: BaseModel = None,
+    codebook: CodebookOption = None,
+    device: Device = "cpu",
+) -> None:
+    """Make the INT4 sibling that vLLM serves, from an HLWQ or a 16-bit model."""
+    if group_size is not None and group_size not in SUPPORTED_GROUP_SIZES:
+        sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size)
+        raise CheckpointError(f"--group-size {group_size}: Marlin takes {sizes}; choose one of them")
+    where = _device(device)
+    wanted: GroupSize = "auto" if group_size is None else group_size
+    opened = open_source(source, base_model, _name(codebook), where)
+    plan = export_int4(opened, out, wanted, search=scales is Scales.search, linears=linears, device=where)
+    count = sum(len(matrices) for matrices in plan.matrices.values())
+    typer.echo(f"{out}: {count} matrices in INT4, group size {plan.group_size}; read back and verified")
+    typer.echo(f"Serve it: vllm serve {out} --moe-expert-cache-size 4")
+
+
+@app.command("dequantize")
+@_one_line_errors
+def dequantize_command(
+    source: Source, out: Out, base_model: BaseModel = None, codebook: CodebookOption = None, device: Device = "cpu"
+) -> None:
+    """Write the BF16 model that an HLWQ checkpoint stands for."""
+    opened = open_source(source, base_model, _name(codebook), _device(device))
+    if not isinstance(opened, HlwqSource):
+        raise CheckpointError(f"{source}: holds no HLWQ-coded tensor; give a checkpoint made by `hlwq quantize`")
+    missing = dequantize(opened, out)
+    typer.echo(f"{out}: {len(opened.matrices)} parameters decoded (codebook {opened.table_origin}); verified")
+    if missing:
+        typer.echo(
+            f"hlwq: {out} is partial: {missing[0]} and {len(missing) - 1} more are not in {source}; "
+            "give --base-model for a whole model",
+            err=True,
+        )
+
+
+@app.command("inspect")
+@_one_line_errors
+def inspect_command(
+    path: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    base_model: BaseModel = None,
+    codebook: CodebookOption = None,
+) -> None:
+    """Say what is in a checkpoint, layer by layer."""
+    found = inspect(path, base_model, _name(codebook))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(title=f"{path} ({found['format']})", title_justify="left")
+    for heading, side in (("parameter", "left"), ("shape", "left"), ("stored", "left"), ("size", "right")):
+        table.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
+    for row in by_layer(found["parameters"]):
+        count = f"{row['count']} x " if row["count"] > 1 else ""
+        shape = " x ".join(map(str, row["shape"])) or "scalar"
+        table.add_row(row["name"], count + shape, row["stored"], gigabytes(row["bytes"]))
+    console = Console()
+    console.print(table)
+    for key in ("bits", "block_size", "codebook", "group_size"):
+        if key in found:
+            console.print(f"{key.replace('_', ' ')}: {found[key]}", highlight=False)
+    ratio = found["bytes_in_16_bit"] / found["bytes"]
+    sizes = f"{gigabytes(found['bytes'])}, {gigabytes(found['bytes_in_16_bit'])} in 16 bit, ratio {ratio:.2f}"
+    console.print(f"size: {sizes}", highlight=False)
+    if found.get("missing"):
+        console.print(f"not in it: {', '.join(found['missing'][:3])} ... ({len(found['missing'])}); needs a base model")
+
+
+@app.command("verify")
+@_one_line_errors
+def verify_command(
+    path: Source,
+    reference: Annotated[Path | None, typer.Option(help="The 16-bit model it was made from.")] = None,
+    base_model: BaseModel = None,
+    codebook: CodebookOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a checkpoint's files, sums, shapes and completeness, and its error against the original."""
+    report = verify(path, reference, base_model, _name(codebook))
+    if as_json:
+        typer.echo(json.dumps(report.json(), indent=2))
+        return
+    sums = "SHA-256 sums agree" if report.hashes_checked else "no list of SHA-256 sums to hold it to"
+    typer.echo(f"{path}: whole ({report.format}, {report.tensors} tensors, {gigabytes(report.bytes)}); {sums}")
+    if report.reference is not None:
+        typer.echo(
+            f"against {report.reference}: relative mean squared error {report.relative_mse:.6f} over "
+            f"{len(report.errors)} parameters, {report.identical} are identical"
+        )
+        worst = sorted(report.errors.items(), key=lambda item: -item[1])[:5]
+        for name, error in worst:
+            typer.echo(f"  {error:.6f}  {name}")
+
+
+def main() -> None:
+    app()
