@@ -1,9 +1,10 @@
-"""Render the result files into the README: every figure there comes from here.
+"""Render the result files into the documents: every figure there comes from here.
 
     python benchmarks/render.py
 
 Each block between ``<!-- result: NAME -->`` and ``<!-- end -->`` is replaced by what NAME's function makes of
-``benchmarks/results/NAME.json``. A test fails when the README differs from a fresh rendering.
+``benchmarks/results/NAME.json``, in the README and in ``docs/``. A test fails when a document differs from a fresh
+rendering.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-README = PROJECT / "README.md"
+DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RESULTS = PROJECT / "benchmarks/results"
 BLOCK = re.compile(r"(<!-- result: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MIB = 2**20
@@ -68,7 +69,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"tiny_moe": tiny_moe, "
 
 
 def render(text: str) -> str:
-    """The README's text with every result block made anew."""
+    """A document's text with every result block made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
@@ -78,4 +79,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(render(document.read_text()))

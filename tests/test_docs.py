@@ -13,10 +13,10 @@ from vllm_hlwq.options import ExpertCacheOptions, flag
 PROJECT = Path(__file__).parent.parent
 
 
-def test_the_readme_is_a_fresh_rendering_of_the_results() -> None:
-    text = (PROJECT / "README.md").read_text()
-    assert {match["name"] for match in render.BLOCK.finditer(text)} == set(render.RENDERERS)
-    assert render.render(text) == text
+def test_the_documents_are_fresh_renderings_of_the_results() -> None:
+    texts = [path.read_text() for path in render.DOCUMENTS]
+    assert {match["name"] for text in texts for match in render.BLOCK.finditer(text)} == set(render.RENDERERS)
+    assert [render.render(text) for text in texts] == texts
 
 
 def test_the_architecture_names_every_module() -> None:
