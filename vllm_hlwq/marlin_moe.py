@@ -64,6 +64,24 @@ def marlin_obstacle(hidden_size: int, expert_width: int, group_size: int | None)
     return None
 
 
+def device_obstacle(moe_config: Any, weight_quant: Any) -> str | None:
+    """Say why vLLM's Marlin kernels cannot compute a layer on the present CUDA device, None if they can.
+
+    Args:
+        moe_config: vLLM's configuration of the layer.
+        weight_quant: compressed-tensors arguments of its weights.
+    """
+    platform = borrow("current_platform")
+    if not platform.has_device_capability(OLDEST_CAPABILITY):
+        have = platform.get_device_capability()
+        return f"{platform.get_device_name()} has compute capability {have}, they need 7.5 (Turing) or newer"
+    if borrow("get_marlin_input_dtype")() is not None:
+        return "VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations, whose scales depend on the whole layer; unset it"
+    if moe_config.num_local_experts > MAX_EXPERTS:
+        return f"{moe_config.num_local_experts} experts on a rank are more than {MAX_EXPERTS}"
+    return marlin_obstacle(moe_config.hidden_dim, moe_config.intermediate_size_per_partition, weight_quant.group_size)
+
+
 def block_size(tokens: int, top_k: int, num_experts: int) -> int:
     """Rows of a block, by the rule that ``fused_marlin_moe`` of vLLM 0.32 has for a resident model of these sizes."""
     for size in BLOCK_SIZES:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
-from .moe_offload import LayerExpertCache, OffloadedRoutedExperts, cached_layers
+from .host_expert_cache import HostExpertCache
+from .moe_offload import OffloadedRoutedExperts, cached_layers
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -80,12 +82,12 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 total,
             )
 
-    def _caches(self) -> dict[str, LayerExpertCache]:
+    def _caches(self) -> dict[str, HostExpertCache | DeviceExpertCache]:
         layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
         return {layer.layer_name: layer.expert_cache for layer in layers if layer.expert_cache is not None}
 
 
-def describe(caches: list[LayerExpertCache]) -> str:
+def describe(caches: list[HostExpertCache | DeviceExpertCache]) -> str:
     """One line for the log: layers, slots, bytes a slot, device and host bytes, backend."""
     first = caches[0]
     banks = sum(cache.slot_bank.nbytes for cache in caches)
