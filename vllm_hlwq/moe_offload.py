@@ -101,9 +101,8 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
                     f"{num_experts} experts, so the expert cache cannot hold it"
                 )
         carried = {name: p for name, p in declared.items() if name not in LOADER_ONLY}
-        self.store = HostStore(
-            num_experts, RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
-        )
+        layout = RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
+        self.store = HostStore(num_experts, layout, torch.device(self.moe_config.device))
         self._loaded: set[tuple[str, str, int]] = set()
         for name, parameter in declared.items():
             data = self.store.field(name) if name in carried else torch.empty(parameter.shape, device="cpu")
