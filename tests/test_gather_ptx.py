@@ -22,9 +22,7 @@ SIGNATURE = {
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 @pytest.mark.parametrize("capability", [80, 90, 120])
-def test_weights_move_in_16_byte_accesses(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_move_in_16_byte_accesses(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     source = ASTSource(gather_chunks, SIGNATURE, constexprs={"CHUNK": CHUNK_BYTES, "READ_CACHE": ".cg"})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
