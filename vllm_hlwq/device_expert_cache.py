@@ -16,7 +16,8 @@ from .expert_cache import COUNTERS
 from .gather_kernel import Gather
 from .host_store import HostStore, RecordLayout
 from .marlin_moe import Buffers, MarlinBackend
-from .plan_kernel import DeviceSlotTable, plan, translate
+from .plan_kernel import DeviceSlotTable, plan
+from .wave_blocks import Alignment, blocks_of_waves
 from .weight_bank import WeightBank
 
 
@@ -114,18 +115,18 @@ class DeviceExpertCache:
             ids = topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
             ids = ids.int().contiguous()
             alignment = self.backend.align(ids, self.num_experts)
-            waves = iter([(self.slot_bank, alignment.block_experts)])
+            waves = iter([(self.slot_bank, alignment)])
         else:
             plan(self.table, topk_ids, is_padding, expert_map)
             ids = self.table.ids[: len(topk_ids)]
             alignment = self.backend.align(ids, self.num_experts)
-            waves = self._waves(alignment.block_experts, topk_ids.numel())
-        for bank, block_rows in waves:
-            self.backend.compute(bank, block_rows, alignment, hidden_states, topk_weights, weights_on_input, buffers)
+            waves = self._waves(alignment, topk_ids.numel())
+        for bank, blocks in waves:
+            self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
         self.backend.combine(buffers.out_rows, ids, output)
 
-    def _waves(self, block_experts: torch.Tensor, pairs: int) -> Iterator[tuple[WeightBank, torch.Tensor]]:
-        """Enqueue the step's loads; give out bank and block rows of each wave, to be computed before the next is asked.
+    def _waves(self, alignment: Alignment, pairs: int) -> Iterator[tuple[WeightBank, Alignment]]:
+        """Enqueue the step's loads; give out bank and blocks of each wave, to be computed before the next is asked for.
 
         How many waves there are follows from shapes alone: one if all ``pairs`` of (token, k) could name another expert
         and still fit the slots, else as many as ``DeviceSlotTable`` proves enough.
@@ -133,11 +134,10 @@ class DeviceExpertCache:
         table, staging = self.table, self.staging_bank
         assert table is not None
         assert staging is not None
-        block_rows = block_experts.new_empty(table.num_waves, len(block_experts))
-        translate(table, block_experts, block_rows)
-        if pairs <= self.num_slots:
+        blocks = blocks_of_waves(alignment, table.wave_rows[: 1 if pairs <= self.num_slots else None])
+        if len(blocks) == 1:
             self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
-            yield self.slot_bank, block_rows[0]
+            yield self.slot_bank, blocks[0]
             return
 
         def load(wave: int) -> torch.cuda.Event:
@@ -158,7 +158,7 @@ class DeviceExpertCache:
         for wave in range(table.num_waves):
             compute.wait_event(loaded[wave])
             bank = staging.banks[(wave - 1) % ahead] if wave else self.slot_bank
-            yield bank, block_rows[wave]
+            yield bank, blocks[wave]
             if wave and wave + ahead < table.num_waves:
                 staging.stream.wait_stream(compute)
                 loaded.append(load(wave + ahead))

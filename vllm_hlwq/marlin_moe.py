@@ -2,7 +2,7 @@
 
 The kernels are vLLM's own and so is the conversion into their layout. What differs from vLLM's ``MarlinExperts`` is who
 says where an expert's weights are: blocks of rows are formed over the layer's expert ids, as for a resident model, and
-only then is each block's expert translated to a row of a bank. So block order, and with it every bit of the answer in
+only then is each block given a row of a bank (``wave_blocks.py``). So block order, and with it every bit of the answer in
 one wave, is the resident model's.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .vllm_compat import borrow
+from .wave_blocks import Alignment
 from .weight_bank import WeightBank
 
 SUPPORTED_GROUP_SIZES = (32, 64, 128, None)
@@ -88,22 +89,6 @@ def block_size(tokens: int, top_k: int, num_experts: int) -> int:
         if tokens * top_k / num_experts / size < 0.9:
             return size
     return BLOCK_SIZES[-1]
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """A step's rows sorted into blocks of one expert each, the same for all of its waves.
-
-    sorted_rows: int32, row of (token, k) for each place of each block; ``T * k`` marks a place without one.
-    block_experts: int32 ``[blocks]``, local expert id of each block, -1 past the last.
-    padded_rows: int32 ``[1]``, places in use.
-    block_size: rows of a block.
-    """
-
-    sorted_rows: torch.Tensor
-    block_experts: torch.Tensor
-    padded_rows: torch.Tensor
-    block_size: int
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ class MarlinBackend:
         return Buffers(flat[:gate_up], workspace13, flat[gate_up : gate_up + rows * hidden].view(rows, hidden))
 
     def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:
-        """Sort a step's rows into blocks.
+        """Sort a step's rows into blocks, each computed from the row of its expert's id, as for a resident model.
 
         Args:
             expert_ids: int32 ``[T, k]``, contiguous; ids outside ``0..num_experts - 1`` get no place.
@@ -200,8 +185,7 @@ class MarlinBackend:
     def compute(
         self,
         bank: WeightBank,
-        block_rows: torch.Tensor,
-        alignment: Alignment,
+        blocks: Alignment,
         hidden_states: torch.Tensor,
         topk_weights: torch.Tensor,
         weights_on_input: bool,
@@ -211,8 +195,7 @@ class MarlinBackend:
 
         Args:
             bank: weights in the kernels' layout.
-            block_rows: int32 ``[blocks]``, bank row of each block's expert, -1 for blocks of other waves.
-            alignment: the step's blocks.
+            blocks: the wave's blocks and no others.
             hidden_states: ``[T, hidden]``, BF16 or FP16, contiguous.
             topk_weights: float32 ``[T, k]``.
             weights_on_input: whether the weights multiply the input rather than the output.
@@ -232,10 +215,10 @@ class MarlinBackend:
             quant_type=self.quant_type,
             apply_router_weight_on_input=weights_on_input,
             expert_map=None,
-            block_size_m=alignment.block_size,
-            sorted_token_ids=alignment.sorted_rows,
-            expert_ids=block_rows,
-            num_tokens_post_padded=alignment.padded_rows,
+            block_size_m=blocks.block_size,
+            sorted_token_ids=blocks.sorted_rows,
+            expert_ids=blocks.block_rows,
+            num_tokens_post_padded=blocks.padded_rows,
             activation=self.activation,
             w1_zeros=fields.get("w13_zero_point"),
             w2_zeros=fields.get("w2_zero_point"),
