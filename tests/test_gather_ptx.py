@@ -22,9 +22,7 @@ SIGNATURE = {
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 @pytest.mark.parametrize("capability", [80, 90, 120])
-def test_weights_move_in_16_byte_accesses(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_move_in_16_byte_accesses(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     source = ASTSource(gather_chunks, SIGNATURE, constexprs={"CHUNK": CHUNK_BYTES, "READ_CACHE": ".cg"})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
@@ -36,5 +34,5 @@ def test_weights_move_in_16_byte_accesses(
         "ld.global.cg.v4.b32": in_flight, "st.global.v4.b32": in_flight, **lookups, **narrow_path
     }  # fmt: skip
     # All reads of a chunk are under way before the first write waits for one.
-    wide = [access for access in re.findall(r"(ld\.global\.cg\.v4|st\.global\.v4)", compiled.asm["ptx"])]
+    wide = re.findall(r"(ld\.global\.cg\.v4|st\.global\.v4)", compiled.asm["ptx"])
     assert wide == ["ld.global.cg.v4"] * in_flight + ["st.global.v4"] * in_flight

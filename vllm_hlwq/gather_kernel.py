@@ -31,24 +31,15 @@ tensor scales of FP8 and NVFP4 experts (4 bytes an expert) are such fields, too 
 TABLE_COLUMNS = 4
 
 
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
         "store_address", "record_bytes", "chunk_table", "chunks", "bank_rows", "experts", "rows", "count", "first",
     ]
 )  # fmt: skip
-def gather_chunks(
-    store_address,  # type: ignore[no-untyped-def]
-    record_bytes,
-    chunk_table,
-    chunks,
-    bank_rows,
-    experts,
-    rows,
-    count,
-    first,
-    CHUNK: tl.constexpr,
-    READ_CACHE: tl.constexpr,
-):
+def gather_chunks(  # type: ignore[no-untyped-def]
+    store_address, record_bytes, chunk_table, chunks, bank_rows, experts, rows, count, first,
+    CHUNK: tl.constexpr, READ_CACHE: tl.constexpr,
+):  # fmt: skip
     """Copy entries ``first .. min(count, first + bank_rows)``, chunk by chunk.
 
     ``chunk_table`` is what ``chunks_of_a_record`` returns. No argument is specialised on its value or alignment: one
