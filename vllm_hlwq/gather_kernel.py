@@ -15,9 +15,9 @@ from .host_store import FIELD_ALIGNMENT, RecordLayout
 from .weight_bank import WeightBank
 
 PROGRAMS = 64
-"""Programs of the grid. Assuming 2 us to fetch, a PCIe 5 x16 link (55 GB/s) has about 110 KB under way. 64 programs with a chunk each
-ask for several times that, so the link stays full while some of them look up their next chunk, and about half of a
-data-centre GPU's multiprocessors stay free for what computes meanwhile."""
+"""Programs of the grid. Assuming 2 us to fetch, a PCIe 5 x16 link (55 GB/s) has about 110 KB under way. 64 programs
+with a chunk each ask for several times that, so the link stays full while some of them look up their next chunk, and
+about half of a data-centre GPU's multiprocessors stay free for what computes meanwhile."""
 
 CHUNK_BYTES = 8192
 """Bytes that a program copies at once: with ``WARPS`` warps, four 16-byte reads under way in each thread."""
