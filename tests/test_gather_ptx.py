@@ -34,5 +34,5 @@ def test_weights_move_in_16_byte_accesses(capability: int, tmp_path: Path, monke
         "ld.global.cg.v4.b32": in_flight, "st.global.v4.b32": in_flight, **lookups, **narrow_path
     }  # fmt: skip
     # All reads of a chunk are under way before the first write waits for one.
-    wide = [access for access in re.findall(r"(ld\.global\.cg\.v4|st\.global\.v4)", compiled.asm["ptx"])]
+    wide = re.findall(r"(ld\.global\.cg\.v4|st\.global\.v4)", compiled.asm["ptx"])
     assert wide == ["ld.global.cg.v4"] * in_flight + ["st.global.v4"] * in_flight

@@ -15,9 +15,9 @@ from .host_store import FIELD_ALIGNMENT, RecordLayout
 from .weight_bank import WeightBank
 
 PROGRAMS = 64
-"""Programs of the grid. A PCIe 5 x16 link has about 110 KB under way (55 GB/s for 2 us). 64 programs with a chunk each
-ask for several times that, so the link stays full while some of them look up their next chunk, and about half of a
-data-centre GPU's multiprocessors stay free for what computes meanwhile."""
+"""Programs of the grid. Assuming 2 us to fetch, a PCIe 5 x16 link (55 GB/s) has about 110 KB under way. 64 programs
+with a chunk each ask for several times that, so the link stays full while some of them look up their next chunk, and
+about half of a data-centre GPU's multiprocessors stay free for what computes meanwhile."""
 
 CHUNK_BYTES = 8192
 """Bytes that a program copies at once: with ``WARPS`` warps, four 16-byte reads under way in each thread."""
@@ -28,27 +28,16 @@ NARROW_CHUNK_BYTES = tl.constexpr(512)
 """Chunk of a field whose bank rows are not 16-byte aligned, copied byte by byte. No INT4 layout of vLLM has one; per
 tensor scales of FP8 and NVFP4 experts (4 bytes an expert) are such fields, too small for their speed to matter."""
 
-TABLE_COLUMNS = 4
 
-
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
         "store_address", "record_bytes", "chunk_table", "chunks", "bank_rows", "experts", "rows", "count", "first",
     ]
 )  # fmt: skip
-def gather_chunks(
-    store_address,  # type: ignore[no-untyped-def]
-    record_bytes,
-    chunk_table,
-    chunks,
-    bank_rows,
-    experts,
-    rows,
-    count,
-    first,
-    CHUNK: tl.constexpr,
-    READ_CACHE: tl.constexpr,
-):
+def gather_chunks(  # type: ignore[no-untyped-def]
+    store_address, record_bytes, chunk_table, chunks, bank_rows, experts, rows, count, first,
+    CHUNK: tl.constexpr, READ_CACHE: tl.constexpr,
+):  # fmt: skip
     """Copy entries ``first .. min(count, first + bank_rows)``, chunk by chunk.
 
     ``chunk_table`` is what ``chunks_of_a_record`` returns. No argument is specialised on its value or alignment: one
@@ -107,7 +96,7 @@ def chunks_of_a_record(layout: RecordLayout, bank: WeightBank, chunk_bytes: int)
         step = chunk_bytes if aligned else NARROW_CHUNK_BYTES.value
         for start in range(0, field.nbytes, step):
             table.append((field.offset + start, address + start, field.nbytes, min(step, field.nbytes - start)))
-    return torch.tensor(table, dtype=torch.int64).view(-1, TABLE_COLUMNS)
+    return torch.tensor(table, dtype=torch.int64).view(-1, 4)
 
 
 class Gather:

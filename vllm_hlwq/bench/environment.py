@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+PACKAGES = ("vllm", "torch", "triton", "transformers", "compressed-tensors", "vllm-hlwq")
 
 
 def describe() -> dict[str, Any]:
@@ -22,5 +24,13 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(int(memory) / 2**20, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors", "vllm-hlwq")},
+        **{name: installed(name) for name in PACKAGES},
     }
+
+
+def installed(package: str) -> str:
+    """Version of a package; kernels are also measured on machines without vLLM."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
