@@ -9,8 +9,8 @@ from __future__ import annotations
 SUPPORTED_GROUP_SIZES = (32, 64, 128, None)
 HIDDEN_MULTIPLE = 128
 """Rows of a Marlin tile along the reduction; vLLM never pads the hidden size, it is the layer's input and output."""
-
-
+CODES_PER_WORD = 8
+"""INT4 codes in a stored int32."""
 LINEAR_OUT_MULTIPLE = 64
 """Columns of a Marlin tile; a linear layer's outputs are not padded."""
 
@@ -40,6 +40,8 @@ def marlin_obstacle(hidden_size: int, expert_width: int, group_size: int | None)
         return f"group size {group_size} is none of 32, 64, 128 and per channel"
     if hidden_size % HIDDEN_MULTIPLE:
         return f"hidden size {hidden_size} is no multiple of {HIDDEN_MULTIPLE}"
+    if group_size is None and expert_width % CODES_PER_WORD:
+        return f"expert width {expert_width} is no multiple of {CODES_PER_WORD}"
     if group_size is not None and expert_width % group_size:
         return f"group size {group_size} does not divide the expert width {expert_width}"
     return None
