@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -41,6 +41,11 @@ class Recorder(DefaultModelLoader):
             self.handed[name] = tensor.clone()
             yield name, tensor
 
+    def track_weights_loading(self, model: Any, loaded: set[str], quantized: bool = False) -> None:
+        # Numbers that no kernel reads, and that vLLM's loader of gpt-oss takes from no checkpoint.
+        shapes = {name for name, _ in model.named_parameters() if name.endswith("_weight_shape")}
+        super().track_weights_loading(model, loaded | shapes, quantized)
+
 
 def load(folder: Path) -> list[str]:
     """Names of checkpoint tensors whose values are in no parameter of the loaded model."""
@@ -50,6 +55,8 @@ def load(folder: Path) -> list[str]:
     ).create_engine_config()  # fmt: skip
     loader = Recorder(config.load_config)
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16), torch.device("cpu"):
+        init_distributed_environment(1, 0, RENDEZVOUS, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
         model = initialize_model(vllm_config=config, model_config=config.model_config)
         loader.load_weights(model, config.model_config)
     held: dict[torch.dtype, list[bytes]] = defaultdict(list)
@@ -69,17 +76,15 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        config = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
-        with set_current_vllm_config(config):
-            init_distributed_environment(1, 0, f"file://{scratch}/rendezvous", 0, "gloo")
-            initialize_model_parallel(1, 1)
-        for folder in sys.argv[1:]:
-            try:
-                print(json.dumps({"unplaced": load(Path(folder))}), flush=True)
-            except Exception as error:  # noqa: BLE001 - reported to the test, which fails on it
-                print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+    for folder in sys.argv[1:]:
+        try:
+            found = {"unplaced": load(Path(folder))}
+        except Exception as error:  # noqa: BLE001 - reported to the test, which fails on it
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as scratch:
+        RENDEZVOUS = f"file://{scratch}/rendezvous"
+        main()

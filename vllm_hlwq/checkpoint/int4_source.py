@@ -66,8 +66,6 @@ class Int4Source:
             raise CheckpointError(f"{path}: describes no single INT4 scheme ({problem!r:.80}); {REMEDY}") from None
         if arguments.num_bits != 4:
             raise CheckpointError(f"{path}: weights are of {arguments.num_bits} bits, not 4; only INT4 is understood")
-        if arguments.group_size is not None and arguments.group_size < 1:
-            raise CheckpointError(f"{path}: group_size is {arguments.group_size}, not a positive number; {REMEDY}")
         return arguments
 
     def _check(self, stem: str) -> tuple[int, int]:
@@ -77,7 +75,8 @@ class Int4Source:
         if missing is not None:
             raise CheckpointError(f"{self.path}: {stem}{missing} is missing; {REMEDY}")
         rows, columns = self._stated_shape(stem)
-        groups = -(-columns // (self.arguments.group_size or max(columns, 1)))
+        size = self.arguments.group_size or -1
+        groups = -(-columns // size) if size > 0 else 1
         expected: dict[str, tuple[torch.dtype | None, tuple[int, int]]] = {
             CODES: (torch.int32, (rows, -(-columns // 8))),
             SCALES: (None, (rows, groups)),
