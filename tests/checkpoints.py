@@ -98,9 +98,8 @@ def glm4_moe_config() -> PreTrainedConfig:
 
 def gpt_oss_config() -> PreTrainedConfig:
     """Stacks with the input first, gate and up alternating, and biases."""
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
     return GptOssConfig(
-        **COMMON, **FEW, intermediate_size=64, num_local_experts=4, sliding_window=64, rope_parameters=rope,
+        **COMMON, **FEW, intermediate_size=64, num_local_experts=4, sliding_window=64,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ class Recorder(DefaultModelLoader):
             yield name, tensor
 
     def track_weights_loading(self, model: Any, loaded: set[str], quantized: bool = False) -> None:
-        # Numbers that no kernel reads, and that vLLM's loader of gpt-oss takes from no checkpoint.
+        # vLLM's loader of gpt-oss takes them from no checkpoint.
         shapes = {name for name, _ in model.named_parameters() if name.endswith("_weight_shape")}
         super().track_weights_loading(model, loaded | shapes, quantized)
 
@@ -65,8 +65,10 @@ def load(folder: Path) -> list[str]:
     return [
         name
         for name, tensor in loader.handed.items()
-        # vLLM holds some in another dtype: routers in float32, weight_shape as numbers of no use to it.
-        if not any(bytes_of(tensor.to(dtype)) in data for dtype, all_data in held.items() for data in all_data)
+        # Of a fused layer vLLM keeps one weight_shape; no kernel reads it.
+        if not name.endswith("weight_shape")
+        # Some are held in another dtype, like routers in float32.
+        and not any(bytes_of(tensor.to(dtype)) in data for dtype, all_data in held.items() for data in all_data)
     ]
 
 

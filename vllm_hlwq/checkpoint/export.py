@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from ..errors import CheckpointError
 from ..int4_checkpoint import int4_arguments, quantize_weight
-from ..marlin_moe import SUPPORTED_GROUP_SIZES, linear_obstacle, marlin_obstacle
+from ..marlin_moe import linear_obstacle, marlin_obstacle
 from .conversion import copy_pieces, listed, plain_group, run_with_progress, side_files, task_of
 from .int4_source import Int4Source
 from .layouts import Matrix, Vector, expert_biases, expert_matrices, linear_matrix
@@ -25,6 +25,8 @@ from .sources import PlainSource, WeightSource
 from .writer import SHARD_BYTES, FolderWriter
 
 GroupSize = int | Literal["auto"] | None
+AUTOMATIC_SIZES = (128, 64, 32)
+"""Fewer scales first."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,21 @@ def choose_group_size(experts: list[Matrix], wanted: GroupSize, path: Path) -> i
     Raises:
         CheckpointError: vLLM's Marlin kernels take none of them, or not the one asked for.
     """
-    candidates: tuple[int | None, ...] = (128, 64, 32) if wanted == "auto" else (wanted,)
-    shapes = {(_width_and_hidden(matrix)): matrix.module for matrix in experts}
-    reason = ""
-    for size in candidates:
-        for (width, hidden), module in shapes.items():
-            obstacle = marlin_obstacle(hidden, width, size)
-            if obstacle is not None:
-                reason = f"{module}: {obstacle}"
-                break
-        else:
-            return size
-    sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size is not None)
-    remedy = "no group size helps" if wanted == "auto" else f"choose another of {sizes}, or leave --group-size out"
+    shapes: dict[tuple[int, int], str] = {}
+    for matrix in experts:
+        shapes.setdefault(_width_and_hidden(matrix), matrix.module)
+
+    def obstacle(size: int | None) -> str | None:
+        problems = ((module, marlin_obstacle(hidden, width, size)) for (width, hidden), module in shapes.items())
+        return next((f"{module}: {problem}" for module, problem in problems if problem), None)
+
+    fitting = [size for size in AUTOMATIC_SIZES if obstacle(size) is None]
+    if wanted == "auto" and fitting:
+        return fitting[0]
+    reason = obstacle(AUTOMATIC_SIZES[-1] if wanted == "auto" else wanted)
+    if wanted != "auto" and reason is None:
+        return wanted
+    remedy = f"--group-size {' or '.join(map(str, fitting))} fits" if fitting else "no group size helps"
     raise CheckpointError(f"{path}: vLLM's Marlin INT4 kernels cannot take {reason}; {remedy}")
 
 
