@@ -17,15 +17,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.conversion import gigabytes
+from .checkpoint.conversion import gigabytes, listed
+from .checkpoint.dequantize import dequantize, open_source
 from .checkpoint.export import GroupSize, export_int4
 from .checkpoint.inspect import by_layer, inspect
-from .checkpoint.quantize import dequantize, open_source, quantize
+from .checkpoint.quantize import quantize
 from .checkpoint.reader import HlwqSource
 from .checkpoint.verify import verify
 from .codec import CodebookName
 from .errors import CheckpointError
-from .marlin_moe import SUPPORTED_GROUP_SIZES
+from .marlin_shapes import SUPPORTED_GROUP_SIZES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,6 +71,11 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except CheckpointError as error:
             typer.echo(f"hlwq: {error}", err=True)
             raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            typer.echo(f"hlwq: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("hlwq: interrupted; the same command goes on where this one stopped", err=True)
             raise typer.Exit(130) from None
@@ -104,10 +110,14 @@ def quantize_command(
         Fit,
         typer.Option(help="What a block stores: norm; gain, its least-squares factor; search, the best of several."),
     ] = Fit.search,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of parameters that stay in 16 bit, like '*embed_tokens*'; may be repeated."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Code a 16-bit model: BF16 safetensors to an HLWQ checkpoint."""
-    done = quantize(source, out, bits, codebook.value, fit.value, _device(device))
+    done = quantize(source, out, bits, codebook.value, fit.value, _device(device), keep=keep or ())
     typer.echo(
         f"{out}: {len(done.coded)} parameters coded at {bits} bits, {len(done.kept)} kept; "
         f"{gigabytes(done.original_bytes)} to {gigabytes(done.bytes)}, "
@@ -152,17 +162,18 @@ def export_command(
 def dequantize_command(
     source: Source, out: Out, base_model: BaseModel = None, codebook: CodebookOption = None, device: Device = "cpu"
 ) -> None:
-    """Write the BF16 model that an HLWQ checkpoint stands for."""
+    """Write the 16-bit model that an HLWQ or INT4 checkpoint stands for."""
     opened = open_source(source, base_model, _name(codebook), _device(device))
-    if not isinstance(opened, HlwqSource):
-        raise CheckpointError(f"{source}: holds no HLWQ-coded tensor; give a checkpoint made by `hlwq quantize`")
     missing = dequantize(opened, out)
-    typer.echo(f"{out}: {len(opened.matrices)} parameters decoded (codebook {opened.table_origin}); verified")
+    decoded = (
+        f"{len(opened.matrices)} parameters decoded (codebook {opened.table_origin})"
+        if isinstance(opened, HlwqSource)
+        else f"{len(opened.parameters)} parameters, decoded from INT4"
+    )
+    typer.echo(f"{out}: {decoded}; read back and verified")
     if missing:
         typer.echo(
-            f"hlwq: {out} is partial: {missing[0]} and {len(missing) - 1} more are not in {source}; "
-            "give --base-model for a whole model",
-            err=True,
+            f"hlwq: {out} is partial: {listed(missing)} not in {source}; give --base-model for a whole model", err=True
         )
 
 
@@ -186,12 +197,12 @@ def inspect_command(
         count = f"{row['count']} x " if row["count"] > 1 else ""
         shape = " x ".join(map(str, row["shape"])) or "scalar"
         table.add_row(row["name"], count + shape, row["stored"], gigabytes(row["bytes"]))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for key in ("bits", "block_size", "codebook", "group_size"):
         if key in found:
             console.print(f"{key.replace('_', ' ')}: {found[key]}", highlight=False)
-    ratio = found["bytes_in_16_bit"] / found["bytes"]
+    ratio = found["bytes_in_16_bit"] / max(found["bytes"], 1)
     sizes = f"{gigabytes(found['bytes'])}, {gigabytes(found['bytes_in_16_bit'])} in 16 bit, ratio {ratio:.2f}"
     console.print(f"size: {sizes}", highlight=False)
     if found.get("missing"):
