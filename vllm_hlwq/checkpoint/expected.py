@@ -97,14 +97,14 @@ class ExpectedModel:
             return None
         if self._known:
             return self._tied_to(name, self._known)
-        both = {_last(other) for other in held}.issuperset(TIED)
-        return None if both else self._tied_to(name, self._architecture)
+        # Of a tied pair transformers lists the embedding, so only a lone head has another name.
+        if _last(name) == "embed_tokens" or any(_last(other) == "embed_tokens" for other in held):
+            return None
+        return self._tied_to(name, self._architecture)
 
     def _tied_to(self, name: str, known: dict[str, Known]) -> Known | None:
-        ties = next(
-            (part["tie_word_embeddings"] for part in reversed(self._parts) if "tie_word_embeddings" in part), None
-        )
-        if name in known or ties is False:
+        stated = [part["tie_word_embeddings"] for part in reversed(self._parts) if "tie_word_embeddings" in part]
+        if name in known or stated[:1] == [False]:
             return None
         (other,) = set(TIED) - {_last(name)}
         partners = [value for key, value in known.items() if _last(key) == other]
@@ -131,9 +131,10 @@ class ExpectedModel:
         wanted = {part[key] for part in self._parts for key in EXPERT_COUNTS if type(part.get(key)) is int}
         if wanted and found not in wanted:
             count = max(wanted)
+            problem = "is missing" if found < count else "is one too many"
             raise CheckpointError(
-                f"{file}: {name} has {found} experts, config.json says {count}: "
-                f"expert {min(found, count)} and those after it are {'missing' if found < count else 'too many'}; {REMEDY}"
+                f"{file}: {name} has {found} experts, config.json says {count}: expert {min(found, count)} {problem}; "
+                f"{REMEDY}"
             )
 
     def check_unfused(self, names: Iterable[str], file: Path) -> None:
@@ -152,7 +153,8 @@ class ExpectedModel:
             missing = next((index for index in range(max(found)) if index not in found), None)
             if missing is not None:
                 raise CheckpointError(
-                    f"{file}: {prefix}.{missing}.{projection} is missing although expert {max(found)} is there; {REMEDY}"
+                    f"{file}: {prefix}.{missing}.{projection} is missing although expert {max(found)} is there; "
+                    f"{REMEDY}"
                 )
             self.check_expert_count(f"{prefix}.*.{projection}", len(found), file)
 

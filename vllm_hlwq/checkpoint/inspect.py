@@ -32,6 +32,8 @@ def inspect(path: Path, base_model: Path | None = None, codebook: CodebookName |
     folder = TensorFolder(path)
     if is_hlwq(path):
         return _hlwq(path, base_model, codebook)
+    if base_model is not None or codebook is not None:
+        raise CheckpointError(f"{path}: is not coded with HLWQ; leave --base-model and --codebook out")
     if is_int4(folder):
         return _int4(path)
     parameters = [_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes) for name, info in folder.items()]
@@ -66,8 +68,8 @@ def _hlwq(path: Path, base_model: Path | None, codebook: CodebookName | None) ->
     for name, parameter in source.parameters.items():
         stored = source.matrices.get(name)
         if stored is None:
-            if name in source.folder.tensors:
-                info = source.folder.tensors[name]
+            if name in source.plain:
+                info = source.folder.tensors[source.plain[name]]
                 parameters.append(_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes))
             continue
         size = sum(source.folder.tensors[key].bytes for matrix in stored for key in matrix.keys)

@@ -72,17 +72,15 @@ class HlwqSource:
         self._reader = MatrixReader(self.folder, bits, settings.block_size, self._expected)
         self.matrices: dict[str, list[StoredMatrix]] = {}
         self.parameters: dict[str, Parameter] = {}
-        self._plain: dict[str, str] = {}
+        self.plain: dict[str, str] = {}
         fold_unfused(groups, self._expected.stacks)
         self._held = {*groups, *map(canonical, plain)}
         self._take_coded(groups.values())
         self._take_plain(key for key in plain if key != CODEBOOK_KEY)
         self._expected.check_unfused(self.parameters, self.folder.path)
         if self.base is not None:
-            self.parameters = {
-                **self.parameters,
-                **{n: p for n, p in self.base.parameters.items() if n not in self.parameters},
-            }
+            for name, parameter in self.base.parameters.items():
+                self.parameters.setdefault(name, parameter)
         if need_tables:
             self.find_tables(codebook_name)
 
@@ -117,9 +115,8 @@ class HlwqSource:
             found: tuple[int, ...] = (first.rows, first.in_features)
             if is_stack:
                 if len(stored) % group.slots:
-                    raise CheckpointError(
-                        f"{stored[-1].file}: the up_proj that goes with {stored[-1].label} is missing; {REMEDY}"
-                    )
+                    last = stored[-1]
+                    raise CheckpointError(f"{last.file}: the up_proj beside {last.label} is missing; {REMEDY}")
                 found = (len(stored) // group.slots, first.rows * group.slots, first.in_features)
                 self._expected.check_expert_count(group.name, found[0], first.file)
             self._check_shape(first.file, first.label, found, name, shape)
@@ -146,7 +143,7 @@ class HlwqSource:
                 raise CheckpointError(f"{info.file}: {key} and another tensor are both {name}; remove one")
             same = self.base.parameters.get(name) if self.base else None
             self._check_shape(info.file, key, info.shape, name, same.shape if same else None)
-            self._plain[name] = key
+            self.plain[name] = key
             self.parameters[name] = Parameter(info.shape, info.dtype)
 
     def find_tables(self, name: CodebookName | None) -> None:
@@ -168,9 +165,9 @@ class HlwqSource:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name in self.matrices:
             return self._decoded_rows(self.matrices[name], start, stop)
-        if name in self._plain:
-            self._check_hash(self._plain[name])
-            return plain_rows(self.folder, self._plain[name], start, stop)
+        if name in self.plain:
+            self._check_hash(self.plain[name])
+            return plain_rows(self.folder, self.plain[name], start, stop)
         assert self.base is not None
         rows = self.base.rows(name, start, stop)
         check_finite(rows, self.base.folder, name)
@@ -192,9 +189,9 @@ class HlwqSource:
         wrong = torch.nonzero(~((norms >= 0) & norms.isfinite()))
         if len(wrong):
             row, block = wrong[0].tolist()
+            file, value = self.folder.tensors[matrix.norms_key].file, norms[row, block].item()
             raise CheckpointError(
-                f"{self.folder.tensors[matrix.norms_key].file}: {matrix.norms_key} is {norms[row, block].item()} for block "
-                f"{block} of row {start + row}, which no norm is; {REMEDY}"
+                f"{file}: {matrix.norms_key} is {value} for block {block} of row {start + row}, no possible norm; {REMEDY}"
             )
         packed = matrix.packed_rows(self.folder, start, stop)
         dequantize_matrix(CodedMatrix(packed, norms, matrix.in_features), self.coder(matrix), out=out)

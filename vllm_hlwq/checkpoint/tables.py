@@ -44,7 +44,8 @@ class CodebookTables:
         if info is None:
             if expected:
                 raise CheckpointError(
-                    f"{path}: config.json says that the codebook is stored, but there is no tensor {CODEBOOK_KEY}; {REMEDY}"
+                    f"{path}: config.json says that the codebook is stored, but tensor {CODEBOOK_KEY} is missing; "
+                    f"{REMEDY}"
                 )
             return
         table = folder.tensor(CODEBOOK_KEY)
@@ -94,9 +95,10 @@ class CodebookTables:
             )
         found = detect(counts, block_size)
         if found is None:
+            share = (int(counts[0]) + int(counts[-1])) / total
             raise CheckpointError(
-                f"{self._path}: stores no codebook, and the frequencies of its {bits}-bit codes fit no single one of A, "
-                f"B and C (outermost codes: {(int(counts[0]) + int(counts[-1])) / total:.5f}); give --codebook A, B or C"
+                f"{self._path}: stores no codebook, and the frequencies of its {bits}-bit codes fit no single one of "
+                f"A, B and C (outermost codes: {share:.5f}); give --codebook A, B or C"
             )
         return found
 
@@ -115,12 +117,11 @@ class CodebookTables:
         if key not in self._coders:
             what = matrix.table_key if matrix.table_key is not None else CODEBOOK_KEY
             file = self._folder.tensors[what].file if what in self._folder.tensors else self._path
+            largest = float(table.abs().max())
+            if largest > LARGEST_LEVEL:
+                raise CheckpointError(f"{file}: {what}: level {largest:g} is none of a normalised block; {REMEDY}")
             try:
                 self._coders[key] = BlockCoder(table, matrix.block_size, self._device)
             except ValueError as problem:
                 raise CheckpointError(f"{file}: {what}: {problem}; {REMEDY}") from None
-            if float(table.abs().max()) > LARGEST_LEVEL:
-                raise CheckpointError(
-                    f"{file}: {what}: level {float(table.abs().max()):g} is no coordinate of a normalised block; {REMEDY}"
-                )
         return self._coders[key]
