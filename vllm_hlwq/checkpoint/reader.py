@@ -191,7 +191,7 @@ class HlwqSource:
             row, block = wrong[0].tolist()
             file, value = self.folder.tensors[matrix.norms_key].file, norms[row, block].item()
             raise CheckpointError(
-                f"{file}: {matrix.norms_key} is {value} for block {block} of row {start + row}, no possible norm; {REMEDY}"
+                f"{file}: {matrix.norms_key} is {value} for block {block} of row {start + row}, not a norm; {REMEDY}"
             )
         packed = matrix.packed_rows(self.folder, start, stop)
         dequantize_matrix(CodedMatrix(packed, norms, matrix.in_features), self.coder(matrix), out=out)
