@@ -1,9 +1,9 @@
 """vLLM's Marlin INT4 kernels as the backend on CUDA: their weight layout, and one wave of experts.
 
-The kernels are vLLM's own and so is the conversion into their layout. What differs from vLLM's ``MarlinExperts`` is who
-says where an expert's weights are: blocks of rows are formed over the layer's expert ids, as for a resident model, and
-only then is each block given a row of a bank (``wave_blocks.py``). So block order, and with it every bit of the answer in
-one wave, is the resident model's.
+The kernels are vLLM's own and so is the conversion into their layout. What differs from vLLM's ``MarlinExperts`` is
+who says where an expert's weights are: blocks of rows are formed over the layer's expert ids, as for a resident model,
+and only then is each block given a row of a bank (``wave_blocks.py``). So block order, and with it every bit of the
+answer in one wave, is the resident model's.
 """
 
 from __future__ import annotations

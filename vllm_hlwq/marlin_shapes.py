@@ -1,4 +1,4 @@
-"""Which INT4 shapes vLLM's Marlin kernels take: asked by the export and by the layer before anything is made for them."""
+"""Which INT4 shapes vLLM's Marlin kernels take: asked by the export and the layer before they make anything."""
 
 from __future__ import annotations
 
