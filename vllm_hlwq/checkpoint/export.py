@@ -104,7 +104,8 @@ def _keep_fused_together(matrices: dict[str, list[Matrix]]) -> None:
                     del matrices[sibling]
 
 
-def _int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+def int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+    """The INT4 tensors that replace a source parameter: packed codes, scales, shape, and zero points if asymmetric."""
     dtype = _scale_dtype(source.parameters[name].dtype)
     tensors = []
     for matrix in plan.matrices[name]:
@@ -167,7 +168,7 @@ def export_int4(
     groups = []
     for name in source.parameters:
         if name in plan.matrices:
-            groups.append(_int4_group(name, plan, arguments, source))
+            groups.append(int4_group(name, plan, arguments, source))
         elif name in plan.biases:
             dtype = source.parameters[name].dtype
             groups.append(Group(name, tuple(TensorPlan(b.name, dtype, b.shape) for b in plan.biases[name])))
@@ -192,7 +193,7 @@ def export_int4(
 
     run_with_progress(writer, source, produce, "exporting INT4")
     config = source.config()
-    config["quantization_config"] = _quantization_config(plan, arguments)
+    config["quantization_config"] = quantization_config(plan, arguments)
     copies = {path.name: path for folder in reversed(source.folders()) for path in side_files(folder)}
     writer.finish({"config.json": config}, list(copies.values()))
     return plan
@@ -216,13 +217,24 @@ def _quantized(
         yield f"{matrix.module}.{key}", tensor
 
 
-def _quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+def fused_siblings(kept_modules: list[str]) -> set[str]:
+    """Modules that vLLM fuses with kept ones though the checkpoint has no weight of theirs.
+
+    A layer whose values are its keys (Gemma-4's global attention) has no ``v_proj``, yet vLLM refuses a fused
+    ``qkv_proj`` of which only some parts are named in ``ignore``.
+    """
+    stems = {name.removesuffix("k_proj") for name in kept_modules if name.endswith(".k_proj")}
+    return {f"{stem}v_proj" for stem in stems}
+
+
+def quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+    """``quantization_config`` of an exported checkpoint, with every module that stays in 16 bit in ``ignore``."""
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         # A tied head is no tensor of its own, but vLLM makes a module of it.
-        "ignore": sorted({*plan.kept_modules, "lm_head"}),
+        "ignore": sorted({*plan.kept_modules, *fused_siblings(plan.kept_modules), "lm_head"}),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

@@ -95,6 +95,45 @@ def shards_of(groups: list[Group], limit: int) -> list[list[Group]]:
     return shards
 
 
+def shard_layout(plans: list[TensorPlan]) -> tuple[bytes, dict[str, int], int]:
+    """Lay out a safetensors file.
+
+    Returns:
+        The bytes before the data, each tensor's offset in the file, ascending, and the size of the file. Wide dtypes
+        come first, so that every tensor is aligned to its own size.
+    """
+    offsets, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for plan in sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name)):
+        offsets[plan.name] = end
+        header[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [end, end + plan.bytes],
+        }
+        end += plan.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + offset for name, offset in offsets.items()}, len(head) + end
+
+
+def shard_name(index: int, count: int) -> str:
+    """File name of a shard, counted from 0."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def shard_index(shards: list[list[Group]]) -> dict[str, Any]:
+    """Contents of ``model.safetensors.index.json``."""
+    weight_map = {
+        tensor.name: shard_name(index, len(shards))
+        for index, groups in enumerate(shards)
+        for group in groups
+        for tensor in group.tensors
+    }
+    return {"metadata": {"total_size": sum(g.bytes for s in shards for g in s)}, "weight_map": weight_map}
+
+
 class FolderWriter:
     """One conversion into one folder.
 
@@ -147,9 +186,7 @@ class FolderWriter:
         )
 
     def shard_name(self, index: int) -> str:
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+        return shard_name(index, len(self.shards))
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -198,28 +235,15 @@ class FolderWriter:
 
     def _write_shard(self, path: Path, groups: list[Group], produce: Produce) -> dict[str, Any]:
         """Stream a shard to a temporary file, sync it and give it its name; return the entries of its tensors."""
-        # Wide dtypes first, so that every tensor is aligned to its own size.
-        plans = sorted((t for group in groups for t in group.tensors), key=lambda t: (-t.dtype.itemsize, t.name))
-        offsets, end = {}, 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for plan in plans:
-            offsets[plan.name] = end
-            header[plan.name] = {
-                "dtype": DTYPE_NAMES[plan.dtype],
-                "shape": list(plan.shape),
-                "data_offsets": [end, end + plan.bytes],
-            }
-            end += plan.bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
+        plans = [tensor for group in groups for tensor in group.tensors]
+        head, offsets, total = shard_layout(plans)
         by_name = {plan.name: plan for plan in plans}
         written = dict.fromkeys(by_name, 0)
         digests = {name: hashlib.sha256() for name in by_name}
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk is noticed before the work is done
-            file.write(struct.pack("<Q", len(text)) + text)
+            os.posix_fallocate(file.fileno(), 0, total)  # a full disk is noticed before the work is done
+            file.write(head)
             file.flush()
             for group in groups:
                 for name, piece in produce(group):
@@ -227,7 +251,7 @@ class FolderWriter:
                         raise RuntimeError(f"{name}: produced as {piece.dtype}, planned as {by_name[name].dtype}")
                     data = byte_view(piece)
                     digests[name].update(data)
-                    _write_at(file.fileno(), data, start + offsets[name] + written[name])
+                    _write_at(file.fileno(), data, offsets[name] + written[name])
                     written[name] += len(data)
             short = next((name for name, plan in by_name.items() if written[name] != plan.bytes), None)
             if short is not None:
@@ -254,7 +278,7 @@ class FolderWriter:
                 write_json(self.work / name, content)
             write_text(self.work / HASHES, json.dumps(self._entries, separators=(",", ":")) + "\n")
             if len(self.shards) > 1:
-                write_json(self.work / INDEX, self._index())
+                write_json(self.work / INDEX, shard_index(self.shards))
             hashes = HashList.read(TensorFolder(self.work))
             assert hashes is not None
             for name in hashes.entries:
@@ -267,14 +291,6 @@ class FolderWriter:
         except OSError as error:
             raise self._failed(self.work, error) from None
 
-    def _index(self) -> dict[str, Any]:
-        weight_map = {
-            tensor.name: self.shard_name(index)
-            for index, groups in enumerate(self.shards)
-            for group in groups
-            for tensor in group.tensors
-        }
-        return {"metadata": {"total_size": sum(g.bytes for s in self.shards for g in s)}, "weight_map": weight_map}
 
 
 class HashListOfFile(HashList):
