@@ -143,7 +143,8 @@ MatrixShapes = dict[str, tuple[int, int]]
 def plan_checkpoint(config: PreTrainedConfig, out: Path) -> tuple[list[Group], MatrixShapes, dict[str, Any]]:
     """Every tensor of the checkpoint, what its ``weight_shape`` tensors hold, and its ``config.json``.
 
-    All are as an export of such a model would have them; the group size is the largest of 128, 64 and 32 that Marlin takes for the experts' shapes.
+    All are as an export of such a model would have them; the group size is the largest of 128, 64 and 32 that Marlin
+    takes for the experts' shapes.
     """
     source = ShapeSource(config, out)
     plan = plan_export(source, "auto", linears=False)

@@ -144,6 +144,18 @@ BORROWED: dict[str, Borrowed] = {
         "TopKWeightAndReduceNoOP",
         "says that our experts have already weighted and summed over top-k",
     ),
+    "RoutingStrategy": Borrowed(
+        f"{_FUSED_MOE}.router.routing_simulator_router",
+        "RoutingStrategy",
+        "base of the benchmarks' routing with measured locality",
+        ("route_tokens",),
+    ),
+    "RoutingSimulator": Borrowed(
+        f"{_FUSED_MOE}.router.routing_simulator_router",
+        "RoutingSimulator",
+        "vLLM's own place for routing that a benchmark prescribes",
+        ("register_strategy",),
+    ),
 }
 
 

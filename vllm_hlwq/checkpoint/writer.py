@@ -292,7 +292,6 @@ class FolderWriter:
             raise self._failed(self.work, error) from None
 
 
-
 class HashListOfFile(HashList):
     """The sums of one shard."""
 
