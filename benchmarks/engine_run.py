@@ -54,6 +54,7 @@ class Engine:
         self.llm = LLM(model, **arguments)
         self.start_up_seconds = time.perf_counter() - start
         self.cached = cached
+        self.sizes = self.llm.collective_rpc("expert_cache_sizes")[0] if cached else None
         self.vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
 
     def prompts(self, seed: str, count: int, tokens: int) -> list[dict[str, list[int]]]:
@@ -70,23 +71,49 @@ class Engine:
         layers = list(self.llm.collective_rpc("expert_cache_counters")[0].values())
         return {name: sum(layer[name] for layer in layers) for name in layers[0]}
 
-    def timed(self, prompts: list[dict[str, list[int]]], tokens: int) -> tuple[float, dict[str, int]]:
-        """Seconds to generate exactly ``tokens`` tokens for each prompt, and what the cache counted meanwhile."""
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        before = self.counters()
+    def timed(self, prompts: list[dict[str, list[int]]], tokens: int) -> float:
+        """Seconds to generate exactly ``tokens`` tokens for each prompt."""
         start = time.perf_counter()
-        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        outputs = self.llm.generate(prompts, greedy(tokens), use_tqdm=False)
         seconds = time.perf_counter() - start
         made = {len(output.outputs[0].token_ids) for output in outputs}
         if made != {tokens}:
             raise RuntimeError(f"asked for {tokens} tokens a prompt, the engine made {sorted(made)}")
-        return seconds, {name: amount - before[name] for name, amount in self.counters().items()}
+        return seconds
+
+    def counted(self, prompts: list[dict[str, list[int]]], tokens: int) -> dict[str, dict[str, int]]:
+        """What the cache counts while the prompts are read, and afterwards while they are all decoded.
+
+        The border is where every prompt has a token. An engine that schedules ahead may be some steps further then:
+        those count as prefill, and the steps that the cache counted say how many the rest is.
+        """
+        engine, start = self.llm.llm_engine, self.counters()
+        reading = {f"counted {number}" for number in range(len(prompts))}
+        for name, prompt in zip(sorted(reading), prompts, strict=True):
+            engine.add_request(name, prompt, greedy(tokens))
+        border = None
+        while engine.has_unfinished_requests():
+            reading -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+            if border is None and not reading:
+                border = self.counters()
+        end = self.counters()
+        if border is None:
+            raise RuntimeError(f"no token came for {sorted(reading)}")
+        return {"prefill": difference(border, start), "decode": difference(end, border)}
+
+
+def greedy(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def difference(later: dict[str, int], earlier: dict[str, int]) -> dict[str, int]:
+    return {name: amount - earlier[name] for name, amount in later.items()}
 
 
 def measure_batch(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Prefill and decoding at one batch size; medians of seconds, sums of counters.
+    """Prefill and decoding at one batch size: medians of seconds, and the counters of one request more.
 
     A request of one token is its prefill. A request of 1 + n is the same prefill and n steps more, so the difference
     of the medians is n steps of decoding. Prompts that do not fit one chunk together begin to decode while others are
@@ -98,14 +125,12 @@ def measure_batch(engine: Engine, batch: int, prompt_tokens: int, new_tokens: in
         prompts = engine.prompts(f"{repeat} {batch}", batch, prompt_tokens)
         prefills.append(engine.timed(prompts, 1))
         requests.append(engine.timed(prompts, 1 + new_tokens))
-    prefill_seconds = median(seconds for seconds, _ in prefills)
-    decode_seconds = median(seconds for seconds, _ in requests) - prefill_seconds
+    prefill_seconds = median(prefills)
+    decode_seconds = median(requests) - prefill_seconds
     if decode_seconds <= 0:
         raise RuntimeError(
             f"{1 + new_tokens} tokens took no longer than 1; measure with more --new-tokens or --repeats"
         )
-    prefill = {name: sum(counts[name] for _, counts in prefills) for name in prefills[0][1]}
-    decode = {name: sum(counts[name] for _, counts in requests) - amount for name, amount in prefill.items()}
     return {
         "batch": batch,
         "prompt_tokens": prompt_tokens,
@@ -115,19 +140,25 @@ def measure_batch(engine: Engine, batch: int, prompt_tokens: int, new_tokens: in
         "prefill_tokens_per_second": batch * prompt_tokens / prefill_seconds,
         "step_milliseconds": 1e3 * decode_seconds / new_tokens,
         "decode_tokens_per_second": batch * new_tokens / decode_seconds,
-        **cache_figures("prefill", prefill, repeats * batch * prompt_tokens, repeats),
-        **cache_figures("decode", decode, repeats * batch * new_tokens, repeats * new_tokens),
+        **cache_figures(engine, engine.prompts(f"counted {batch}", batch, prompt_tokens), new_tokens),
     }
 
 
-def cache_figures(phase: str, counts: dict[str, int], tokens: int, steps: int) -> dict[str, Any]:
-    """Hit rate and bytes moved of a phase; nothing without a cache, no hit rate where all experts are resident."""
-    if not counts:
+def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_tokens: int) -> dict[str, Any]:
+    """Hit rates and bytes moved; nothing without a cache, no rate where all experts are resident."""
+    if not engine.cached:
         return {}
+    counts, layers = engine.counted(prompts, 1 + new_tokens), engine.sizes["layers"]
+    prefill, decode = counts["prefill"], counts["decode"]
+    steps = decode["steps"] / layers
+    moved = decode["h2d_bytes"] / steps if steps else 0.0  # all resident: the cache counts no step
     return {
-        f"{phase}_hit_rate": counts["hits"] / counts["queries"] if counts["queries"] else None,
-        f"{phase}_bytes_per_token": counts["h2d_bytes"] / tokens,
-        f"{phase}_bytes_per_step": counts["h2d_bytes"] / steps,
+        "prefill_hit_rate": prefill["hits"] / prefill["queries"] if prefill["queries"] else None,
+        "prefill_bytes": prefill["h2d_bytes"],
+        "decode_hit_rate": decode["hits"] / decode["queries"] if decode["queries"] else None,
+        "decode_bytes_per_step": moved,
+        "decode_bytes_per_token": moved / len(prompts),
+        "counted_decode_steps": steps,
     }
 
 
@@ -142,7 +173,7 @@ def run(specification: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "start_up_seconds": engine.start_up_seconds,
-        "expert_cache": engine.llm.collective_rpc("expert_cache_sizes")[0] if engine.cached else None,
+        "expert_cache": engine.sizes,
         "gpu_memory": engine.llm.collective_rpc(gpu_memory)[0] if torch.cuda.is_available() else None,
         "measurements": measurements,
     }

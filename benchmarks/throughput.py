@@ -43,8 +43,10 @@ CONTROLS = ("resident", *OFFLOADING)
 GPU_CONTROLS = "resident,resident:marlin,uva:marlin,prefetch:marlin"
 """Both kernels when resident: on Hopper stock vLLM prefers another than Marlin, which the cache runs on."""
 SAMPLE_SECONDS = 0.1
-_RAISED = re.compile(r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:[\w.]+\.)?(\w*(?:Error|Exception|SystemExit)\w*: \S.*)$")
-_DIED = re.compile(r"\w* ?\S* died unexpectedly \(exit code: -?\d+\)")
+_RAISED = re.compile(
+    r"^(?:\[rank\d+\]: )?(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:[\w.]+\.)?(\w*(?:Error|Exception|Failed)\w*: \S.*)$"
+)
+_DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 _CONSEQUENCES = ("EngineDeadError", "Engine core initialization failed", "RuntimeError: cancelled", "WorkerProc init")
 
 

@@ -98,6 +98,7 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
     batches = sorted({*points, *levels})
     if not batches:
         return
+    sizes = sorted({size for lines in points.values() for line in lines.values() for size, _ in line})
     figure, panels = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 3.6), squeeze=False)
     names = list(dict.fromkeys(row["configuration"] for row in result["rows"] if row["status"] == "ok"))
     color = {name: f"C{number}" for number, name in enumerate(names)}
@@ -107,7 +108,7 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
         for name, speed in levels[batch].items():
             panel.axhline(speed, linestyle="--", color=color[name], label=name)
         panel.set(title=f"batch {batch}", xlabel="experts resident per layer", ylim=(0, None))
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_xticks(sizes)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("decoding, tokens per second")
     panels[0][-1].legend()

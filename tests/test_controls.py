@@ -50,7 +50,7 @@ def test_prefetch_leaves_the_caches_bytes_to_within_a_layer(memory: ExpertMemory
 
 
 def test_gemma_with_a_quarter_resident() -> None:
-    # 32 of 128 experts of 30 layers and 96 of staging are 8.25 layers; 30 + 1 buffer - 8.25 = 22.75 to offload, and 3 of 4 are 22.
+    # 32 of 128 experts of 30 layers and 96 of staging are 8.25 layers: of 30 and a buffer, 22.75 are to offload.
     assert prefetch_arguments(GEMMA) == {
         "offload_backend": "prefetch", "offload_group_size": 4, "offload_num_in_group": 3, "offload_prefetch_step": 1,
         "offload_params": ["experts"],
