@@ -75,7 +75,8 @@ def offloaded_layers(layers: int, group_size: int, num_in_group: int) -> int:
 def control_resident_bytes(memory: ExpertMemory, arguments: dict[str, Any]) -> int:
     """Expert bytes that a control's arguments leave on the GPU, its buffers included, to compare with the cache's."""
     if arguments["offload_backend"] == "uva":
-        return memory.total - round(arguments["cpu_offload_gb"] * 2**30)
+        gib: float = arguments["cpu_offload_gb"]
+        return memory.total - round(gib * 2**30)
     layer = memory.total // memory.layers
     taken = offloaded_layers(memory.layers, arguments["offload_group_size"], arguments["offload_num_in_group"])
     return memory.total - taken * layer + min(taken, PREFETCH_BUFFERS) * layer
