@@ -148,7 +148,8 @@ class DeviceExpertCache:
                     gather = staging.gathers[(wave - 1) % len(staging.banks)]
                     first = (wave - 1) * staging.rows
                     gather(self._address, table.staged_experts, self._staged_rows, table.staged_count, first)
-                return staging.stream.record_event()
+                event: torch.cuda.Event = staging.stream.record_event()
+                return event
 
         compute = torch.cuda.current_stream()
         # Also waits for the layers before, which read the staging banks.

@@ -5,7 +5,7 @@ Experts become INT4, one matrix each; what stays in 16 bit is named in ``ignore`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +127,8 @@ def _linears(
     }  # fmt: skip
 
 
-def _int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+def int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+    """The INT4 tensors that replace a source parameter: packed codes, scales, shape, and zero points if asymmetric."""
     dtype = _scale_dtype(source.parameters[name].dtype)
     tensors = []
     for matrix in plan.matrices[name]:
@@ -189,7 +190,7 @@ def export_int4(
     groups = []
     for name in source.parameters:
         if name in plan.matrices:
-            groups.append(_int4_group(name, plan, arguments, source))
+            groups.append(int4_group(name, plan, arguments, source))
         elif name in plan.biases:
             dtype = source.parameters[name].dtype
             groups.append(Group(name, tuple(TensorPlan(b.name, dtype, b.shape) for b in plan.biases[name])))
@@ -214,7 +215,7 @@ def export_int4(
 
     run_with_progress(writer, source, produce, "exporting INT4")
     config = source.config()
-    config["quantization_config"] = _quantization_config(plan, arguments)
+    config["quantization_config"] = quantization_config(plan, arguments)
     writer.finish({"config.json": config}, side_files(source))
     return plan
 
@@ -251,13 +252,24 @@ def _quantized(
         yield f"{matrix.stem}{key}", tensor
 
 
-def _quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+def fused_siblings(kept_modules: Iterable[str]) -> set[str]:
+    """Modules that vLLM fuses with kept ones though the checkpoint has no weight of theirs.
+
+    A layer whose values are its keys (Gemma-4's global attention) has no ``v_proj``, yet vLLM refuses a fused
+    ``qkv_proj`` of which only some parts are named in ``ignore``.
+    """
+    stems = {name.removesuffix("k_proj") for name in kept_modules if name.endswith(".k_proj")}
+    return {f"{stem}v_proj" for stem in stems}
+
+
+def quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+    """``quantization_config`` of an exported checkpoint, with every module that stays in 16 bit in ``ignore``."""
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         # A tied head is no tensor of its own, but vLLM makes a module of it.
-        "ignore": sorted(plan.kept_modules | {"lm_head"}),
+        "ignore": sorted({*plan.kept_modules, *fused_siblings(plan.kept_modules), "lm_head"}),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
