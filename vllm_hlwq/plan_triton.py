@@ -171,16 +171,3 @@ def plan_kernel(
     for wave in range(1, WAVES):
         row = tl.where(staged_wave == wave, index % STAGING_ROWS, _EMPTY)
         tl.store(wave_rows + wave * E + e, row, mask=is_expert)
-
-
-@triton.jit(
-    do_not_specialize=["expert_ids", "rows", "num_blocks"], do_not_specialize_on_alignment=["expert_ids", "rows"]
-)
-def translate_kernel(expert_ids, wave_rows, rows, num_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (i, w): rows of one stretch of blocks in wave w."""
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wave = tl.program_id(1)
-    inside = block < num_blocks
-    expert = tl.load(expert_ids + block, mask=inside, other=_EMPTY)
-    row = tl.load(wave_rows + wave * E + expert, mask=(expert >= 0) & (expert < E), other=_EMPTY)
-    tl.store(rows + wave * num_blocks + block, row, mask=inside)
