@@ -24,10 +24,11 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """What one step brings: ids [T, k] and, where there is padding, bool [T]."""
+    """What one step brings: ids [T, k], where there is padding bool [T], and how the ids lie in device memory."""
 
     ids: torch.Tensor
     is_padding: torch.Tensor | None = None
+    layout: str = "contiguous"
 
 
 @dataclass
@@ -52,8 +53,9 @@ class Pair:
     def step(self, step: Step) -> None:
         """Plan a step on the device, then check it."""
         untouched = self.table.ids[len(step.ids) :].clone()
-        arguments = (step.ids, step.is_padding, self.expert_map)
-        plan(self.table, *(None if t is None else t.to(self.device) for t in arguments))
+        ids = LAYOUTS[step.layout](step.ids.to(self.device))
+        others = (step.is_padding, self.expert_map)
+        plan(self.table, ids, *(None if t is None else LAYOUTS["offset"](t.to(self.device)) for t in others))
         self.check(step)
         assert torch.equal(self.table.ids[len(step.ids) :], untouched)
 
@@ -110,19 +112,30 @@ def steps(draw: st.DrawFn, top_k: int, num_ids: int, long_steps: tuple[int, ...]
     is_padding = None
     if draw(st.booleans()):
         is_padding = torch.rand(tokens, generator=torch.Generator().manual_seed(tokens)) < draw(st.floats(0, 1))
-    layout = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
-    return Step(layout(ids.to(dtype)), is_padding)
+    return Step(ids.to(dtype), is_padding, draw(st.sampled_from(sorted(LAYOUTS))))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[int, int, int, int]:
+    """Experts, slots, staging rows and top-k of a small layer."""
+    num_experts = draw(st.integers(2, 40))
+    num_slots = draw(st.integers(1, num_experts - 1))
+    staging_rows = draw(st.one_of(st.integers(1, num_experts - num_slots), st.just(num_experts)))
+    return num_experts, num_slots, staging_rows, draw(st.integers(1, 9))
 
 
 @st.composite
 def runs(
-    draw: st.DrawFn, device: str = "cpu", max_experts: int = 40, long_steps: tuple[int, ...] = (70, 300)
+    draw: st.DrawFn,
+    layer: st.SearchStrategy[tuple[int, int, int, int]],
+    long_steps: tuple[int, ...],
+    device: str = "cpu",
 ) -> tuple[Pair, list[Step]]:
-    """A new pair of tables, and steps for it; on a device, sizes are few because each compiles."""
-    num_experts = draw(st.integers(2, max_experts))
-    num_slots = draw(st.integers(1, num_experts - 1))
-    staging_rows = draw(st.one_of(st.integers(1, num_experts - num_slots), st.just(num_experts)))
-    top_k = draw(st.integers(1, 9))
+    """A new pair of tables for a layer, with or without expert parallelism, and steps for it.
+
+    Steps have up to 9 tokens, or one of the numbers in ``long_steps``.
+    """
+    num_experts, num_slots, staging_rows, top_k = draw(layer)
     expert_map = None
     num_ids = num_experts
     if draw(st.booleans()):

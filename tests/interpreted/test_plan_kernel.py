@@ -3,10 +3,10 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from plan_cases import Pair, Step, random_ids, runs
+from plan_cases import Pair, Step, layers, random_ids, runs
 
 
-@given(runs())
+@given(runs(layers(), long_steps=(70, 300)))
 @settings(max_examples=120, deadline=None, derandomize=True)
 def test_every_step_equals_the_mirror(run: tuple[Pair, list[Step]]) -> None:
     pair, steps = run
