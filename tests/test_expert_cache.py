@@ -106,6 +106,8 @@ def test_what_must_hold_after_every_step(run: tuple[tuple[int, int, int], list[t
         # The waves partition what is needed, and every resident expert has a slot.
         assert sorted(resident + staged) == sorted(needed)
         assert all(plan.slot_of_expert[expert] >= 0 for expert in resident)
+        # What the number of waves in a captured graph relies on.
+        assert len(staged) <= num_experts - num_slots
         # Table and slots are inverses of each other: slots are unique.
         held = {int(e): s for s, e in enumerate(table.expert_of_slot) if e != EMPTY}
         assert held == {e: s for e, s in enumerate(table.slot_of_expert.tolist()) if s != EMPTY}
@@ -160,6 +162,21 @@ def test_a_streaming_step_leaves_residents_and_their_order_alone() -> None:
     assert table.expert_of_slot.tolist() == [4, 1]
     # The prompt used both, yet expert 4 is still the older one.
     assert table.plan_step(ids([7])).load_slots.tolist() == [0]
+
+
+def test_a_streaming_step_fills_empty_slots_by_mention_and_stages_by_number() -> None:
+    table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
+    table.plan_step(ids([4]))
+    plan = table.plan_step(ids([7, 5, 4, 2], [0, 6, 3, 1]))
+    assert plan.load_experts.tolist() == [7]
+    assert plan.staged.tolist() == [0, 1, 2, 3, 5, 6]
+
+
+def test_a_step_that_needs_half_of_the_layer_stages_by_mention() -> None:
+    table = SlotTable(num_experts=8, num_slots=1, staging_rows=3)
+    plan = table.plan_step(ids([7, 5, 2, 3]))
+    assert plan.load_experts.tolist() == [7]
+    assert plan.staged.tolist() == [5, 2, 3]
 
 
 def test_all_tokens_to_one_expert_is_one_query() -> None:

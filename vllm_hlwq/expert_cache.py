@@ -9,7 +9,8 @@ miss is either *admitted* (copied into a slot, evicting the least recently used 
 
 A step is *streaming* when its experts exceed the slots and are most of the layer, as in the prefill of a long prompt.
 It admits into empty slots only and refreshes no stamp, so that a prompt does not flush what decoding needs. Its staged
-experts come in ascending order, so that where a prefetch puts them depends on no token's order of experts.
+experts come in ascending order: if the step needs all that are not resident, as long prompts do, the place of each is
+known before the step.
 """
 
 from __future__ import annotations

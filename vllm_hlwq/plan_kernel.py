@@ -1,7 +1,7 @@
-"""The device planner: ``SlotTable.plan_step`` as one kernel a layer, and the translation of blocks to bank rows.
+"""The device planner: ``SlotTable.plan_step`` as one kernel a layer.
 
-``DeviceSlotTable`` owns the state and the outcome of the latest step in device memory. ``plan`` and ``translate`` only
-enqueue, at fixed addresses, and compile once per layer shape, so they can be captured in a CUDA graph.
+``DeviceSlotTable`` owns the state and the outcome of the latest step in device memory. ``plan`` only enqueues, at fixed
+addresses, and compiles once per layer shape, so that it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton
 
 from .expert_cache import SlotState
-from .plan_triton import plan_kernel, translate_kernel
+from .plan_triton import plan_kernel
 
 MAX_EXPERTS = 1023
 """vLLM's ``moe_align_block_size`` handles fewer than 1024 experts."""
@@ -27,8 +27,6 @@ _LONG_BLOCK = 2048
 # One warp for each of an SM's schedulers: with 128 experts a thread decides one, and scans and barriers across more
 # warps would cost a small step more than their width saves.
 _NUM_WARPS = 4
-
-_TRANSLATE_BLOCK = 256
 
 
 class DeviceSlotTable(SlotState):
@@ -182,39 +180,6 @@ def plan(
         LONG_BLOCK=_LONG_BLOCK,
         num_warps=_NUM_WARPS,
     )
-
-
-def translate(table: DeviceSlotTable, expert_ids: torch.Tensor, rows: torch.Tensor) -> None:
-    """Translate the experts of ``moe_align_block_size``'s blocks into bank rows, for every wave. Only enqueues.
-
-    Args:
-        table: the layer's table after ``plan``.
-        expert_ids: int32 [B], contiguous; local expert of each block, as aligned over ``table.ids``. Entries behind the
-            used blocks may hold anything.
-        rows: int32 [num_waves, B], contiguous, overwritten: the block's row in the wave's bank, or -1 where the wave
-            does not compute its expert.
-
-    Raises:
-        ValueError: an argument's shape, dtype or layout is not the one above.
-    """
-    _require("expert_ids", expert_ids, (torch.int32,))
-    _require("rows", rows, (torch.int32,))
-    if expert_ids.ndim != 1 or not expert_ids.is_contiguous():
-        raise ValueError(f"expert_ids has shape {list(expert_ids.shape)}, must be [blocks] and contiguous")
-    num_blocks = len(expert_ids)
-    if rows.shape != (table.num_waves, num_blocks) or not rows.is_contiguous():
-        raise ValueError(f"rows has shape {list(rows.shape)}, must be [{table.num_waves}, {num_blocks}] and contiguous")
-    if num_blocks:
-        grid = (triton.cdiv(num_blocks, _TRANSLATE_BLOCK), table.num_waves)
-        translate_kernel[grid](
-            expert_ids,
-            table.wave_rows,
-            rows,
-            num_blocks,
-            E=table.num_experts,
-            BLOCK=_TRANSLATE_BLOCK,
-            num_warps=_NUM_WARPS,
-        )
 
 
 def _require(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

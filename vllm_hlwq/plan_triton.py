@@ -87,6 +87,8 @@ def plan_kernel(
     slot_before = tl.load(slot_of_expert + e, mask=is_expert, other=_EMPTY)
     slot = tl.load(slot_by_age + p, mask=is_slot, other=0)
     held = tl.load(expert_of_slot + slot, mask=is_slot, other=_EMPTY)
+    empty = is_slot & (held < 0)
+    num_empty = tl.sum(empty.to(tl.int32), 0)
     clock_before = tl.load(clock)
     totals = tl.load(counters + c, mask=c < _NUM_COUNTERS, other=0)
     tl.debug_barrier()
@@ -103,10 +105,16 @@ def plan_kernel(
     tl.debug_barrier()
 
     needed = tl.load(first_use + e, mask=is_expert, other=_NEVER) != _NEVER
+    held_is_needed = tl.load(first_use + held, mask=held >= 0, other=_NEVER) != _NEVER
     missing = needed & (slot_before < 0)
     num_needed = tl.sum(needed.to(tl.int32), 0)
     num_missing = tl.sum(missing.to(tl.int32), 0)
+    num_hits = num_needed - num_missing
     streaming = (num_needed > N) & (2 * num_needed > E)
+    # What scalars tell is not summed again: a reduction costs as much as all of a thread's arithmetic here.
+    admitted = tl.minimum(num_missing, tl.where(streaming, num_empty, N - num_hits))
+    staged_total = num_missing - admitted
+    num_kept = N - admitted - tl.where(streaming, 0, num_hits)
 
     # Every miss is mentioned somewhere, so the loop ends, and in a long prompt long before the ids do.
     ranked = _rank_misses(ids, first_use, slot_of_expert, rank_of_miss, end, 0, 0, FIRST_BLOCK)
@@ -116,21 +124,15 @@ def plan_kernel(
         start += LONG_BLOCK
 
     # Slots from here on in the order of (stamp, slot): victims are the first usable ones.
-    held_is_needed = tl.load(first_use + held, mask=held >= 0, other=_NEVER) != _NEVER
-    empty = is_slot & (held < 0)
     # Streaming leaves held slots alone. (A bound rather than "& ~streaming": triton 3.9's interpreter widens a bool
     # that is broadcast.)
     touchable = p < tl.where(streaming, 0, N)
     usable = empty | (touchable & ~held_is_needed)
     victim_rank = tl.cumsum(usable.to(tl.int32), 0) - 1
-    admitted = tl.minimum(num_missing, tl.sum(usable.to(tl.int32), 0))
-    staged_total = num_missing - admitted
     victim = usable & (victim_rank < admitted)
     refreshed = victim | (touchable & held_is_needed)
     kept = is_slot & ~refreshed
     kept_rank = tl.cumsum(kept.to(tl.int32), 0) - 1
-    num_kept = tl.sum(kept.to(tl.int32), 0)
-    num_empty = tl.sum(empty.to(tl.int32), 0)
     any_needed = (num_needed > 0).to(tl.int32)
     now = clock_before + any_needed
     tl.debug_barrier()
@@ -142,7 +144,6 @@ def plan_kernel(
     tl.store(clock, now)
     tl.store(load_count, admitted)
     tl.store(staged_count, staged_total)
-    num_hits = num_needed - num_missing
     evictions = tl.maximum(admitted - num_empty, 0)  # empty slots have the oldest stamp and go first
     waves = ((num_hits + admitted) > 0).to(tl.int32) + (staged_total + STAGING_ROWS - 1) // STAGING_ROWS
     # The order of COUNTERS.
@@ -171,16 +172,3 @@ def plan_kernel(
     for wave in range(1, WAVES):
         row = tl.where(staged_wave == wave, index % STAGING_ROWS, _EMPTY)
         tl.store(wave_rows + wave * E + e, row, mask=is_expert)
-
-
-@triton.jit(
-    do_not_specialize=["expert_ids", "rows", "num_blocks"], do_not_specialize_on_alignment=["expert_ids", "rows"]
-)
-def translate_kernel(expert_ids, wave_rows, rows, num_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (i, w): rows of one stretch of blocks in wave w."""
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wave = tl.program_id(1)
-    inside = block < num_blocks
-    expert = tl.load(expert_ids + block, mask=inside, other=_EMPTY)
-    row = tl.load(wave_rows + wave * E + expert, mask=(expert >= 0) & (expert < E), other=_EMPTY)
-    tl.store(rows + wave * num_blocks + block, row, mask=inside)
