@@ -34,18 +34,10 @@ from transformers import (
 
 from vllm_hlwq.checkpoint.conversion import gigabytes
 from vllm_hlwq.checkpoint.export import int4_group, plan_export, quantization_config
+from vllm_hlwq.checkpoint.shard import Group, TensorPlan, shard_index, shard_layout, shard_name, shards_of
 from vllm_hlwq.checkpoint.sources import Parameter
 from vllm_hlwq.checkpoint.tensor_folder import TensorFolder
-from vllm_hlwq.checkpoint.writer import (
-    INDEX,
-    Group,
-    TensorPlan,
-    shard_index,
-    shard_layout,
-    shard_name,
-    shards_of,
-    write_json,
-)
+from vllm_hlwq.checkpoint.writer import INDEX, write_json
 from vllm_hlwq.errors import CheckpointError
 from vllm_hlwq.int4_checkpoint import int4_arguments
 

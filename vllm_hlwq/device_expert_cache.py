@@ -36,7 +36,8 @@ class Staging:
     def allocate(cls, rows: int, banks: int, layout: RecordLayout, device: torch.device) -> Staging:
         """Make ``banks`` banks of ``rows`` experts each."""
         made = tuple(WeightBank.allocate(rows, layout, device) for _ in range(banks))
-        return cls(made, tuple(Gather(layout, bank) for bank in made), torch.cuda.Stream(device))
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return cls(made, tuple(Gather(layout, bank) for bank in made), stream)
 
     @property
     def rows(self) -> int:

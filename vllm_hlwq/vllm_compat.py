@@ -144,7 +144,6 @@ BORROWED: dict[str, Borrowed] = {
         "TopKWeightAndReduceNoOP",
         "says that our experts have already weighted and summed over top-k",
     ),
-<<<<<<< HEAD
     "_fused_marlin_moe": Borrowed(
         f"{_FUSED_MOE}.experts.marlin_moe",
         "_fused_marlin_moe",
@@ -175,7 +174,6 @@ BORROWED: dict[str, Borrowed] = {
         "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
     ),
     "scalar_types": Borrowed("vllm.scalar_type", "scalar_types", "vLLM's names of 4-bit weights", ("uint4", "uint4b8")),
-=======
     "RoutingStrategy": Borrowed(
         f"{_FUSED_MOE}.router.routing_simulator_router",
         "RoutingStrategy",
@@ -188,7 +186,6 @@ BORROWED: dict[str, Borrowed] = {
         "vLLM's own place for routing that a benchmark prescribes",
         ("register_strategy",),
     ),
->>>>>>> bench
 }
 
 

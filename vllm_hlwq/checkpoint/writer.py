@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from ..errors import CheckpointError
 from .hashes import HashList
 from .metadata import HASHES, parse
-from .shard import Group, Produce, shards_of, sync, write_shard
+from .shard import Group, Produce, shard_index, shard_name, shards_of, sync, write_shard
 from .tensor_folder import TensorFolder, read_json
 
 SHARD_BYTES = 2 * 10**9
@@ -55,61 +55,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-<<<<<<< HEAD
-=======
-def shards_of(groups: list[Group], limit: int) -> list[list[Group]]:
-    """Deal groups to shards in order, opening a new one when the next group would exceed the limit."""
-    shards: list[list[Group]] = [[]]
-    size = 0
-    for group in groups:
-        if shards[-1] and size + group.bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(group)
-        size += group.bytes
-    return shards
-
-
-def shard_layout(plans: list[TensorPlan]) -> tuple[bytes, dict[str, int], int]:
-    """Lay out a safetensors file.
-
-    Returns:
-        The bytes before the data, each tensor's offset in the file, ascending, and the size of the file. Wide dtypes
-        come first, so that every tensor is aligned to its own size.
-    """
-    offsets, end = {}, 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for plan in sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name)):
-        offsets[plan.name] = end
-        header[plan.name] = {
-            "dtype": DTYPE_NAMES[plan.dtype],
-            "shape": list(plan.shape),
-            "data_offsets": [end, end + plan.bytes],
-        }
-        end += plan.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    return head, {name: len(head) + offset for name, offset in offsets.items()}, len(head) + end
-
-
-def shard_name(index: int, count: int) -> str:
-    """File name of a shard, counted from 0."""
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def shard_index(shards: list[list[Group]]) -> dict[str, Any]:
-    """Contents of ``model.safetensors.index.json``."""
-    weight_map = {
-        tensor.name: shard_name(index, len(shards))
-        for index, groups in enumerate(shards)
-        for group in groups
-        for tensor in group.tensors
-    }
-    return {"metadata": {"total_size": sum(g.bytes for s in shards for g in s)}, "weight_map": weight_map}
-
-
->>>>>>> bench
 class FolderWriter:
     """One conversion into one folder.
 
@@ -199,9 +144,6 @@ class FolderWriter:
             "make room or choose another folder, then run the same command: finished shards are kept"
         )
 
-    def shard_name(self, index: int) -> str:
-        return shard_name(index, len(self.shards))
-
     @property
     def notes(self) -> dict[str, Any]:
         """What ``note`` was told, over all shards, also those finished by an earlier attempt."""
@@ -223,7 +165,7 @@ class FolderWriter:
         """
         try:
             for index, groups in enumerate(self.shards):
-                path = self.work / self.shard_name(index)
+                path = self.work / shard_name(index, len(self.shards))
                 if path.name in self._finished and path.is_file():
                     self._take_up(path)
                 else:
@@ -244,7 +186,6 @@ class FolderWriter:
         self._entries.update(entries)
         self._save_progress()
 
-<<<<<<< HEAD
     def _take_up(self, path: Path) -> None:
         finished = self._finished[path.name]
         try:
@@ -258,35 +199,6 @@ class FolderWriter:
             ) from None
         self._entries.update(finished.tensors)
         self._notes.update(finished.notes)
-=======
-    def _write_shard(self, path: Path, groups: list[Group], produce: Produce) -> dict[str, Any]:
-        """Stream a shard to a temporary file, sync it and give it its name; return the entries of its tensors."""
-        plans = [tensor for group in groups for tensor in group.tensors]
-        head, offsets, total = shard_layout(plans)
-        by_name = {plan.name: plan for plan in plans}
-        written = dict.fromkeys(by_name, 0)
-        digests = {name: hashlib.sha256() for name in by_name}
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, total)  # a full disk is noticed before the work is done
-            file.write(head)
-            file.flush()
-            for group in groups:
-                for name, piece in produce(group):
-                    if piece.dtype != by_name[name].dtype:
-                        raise RuntimeError(f"{name}: produced as {piece.dtype}, planned as {by_name[name].dtype}")
-                    data = byte_view(piece)
-                    digests[name].update(data)
-                    _write_at(file.fileno(), data, offsets[name] + written[name])
-                    written[name] += len(data)
-            short = next((name for name, plan in by_name.items() if written[name] != plan.bytes), None)
-            if short is not None:
-                raise RuntimeError(f"{short}: {written[short]} of {by_name[short].bytes} bytes were produced")
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-        return {n: describe(p.dtype, p.shape, digests[n].hexdigest()) for n, p in by_name.items()}
->>>>>>> bench
 
     def finish(self, files: dict[str, Any], copies: list[Path]) -> None:
         """Write the index and the other files, read all weights back, and give the folder its name.
@@ -320,31 +232,3 @@ class FolderWriter:
             raise self._failed(self.work, error) from None
         finally:
             self.release()
-
-<<<<<<< HEAD
-    def _index(self) -> dict[str, Any]:
-        weight_map = {
-            tensor.name: self.shard_name(index)
-            for index, groups in enumerate(self.shards)
-            for group in groups
-            for tensor in group.tensors
-        }
-        return {"metadata": {"total_size": sum(g.bytes for s in self.shards for g in s)}, "weight_map": weight_map}
-=======
-
-class HashListOfFile(HashList):
-    """The sums of one shard."""
-
-    def __init__(self, path: Path, entries: dict[str, Any]) -> None:
-        super().__init__(TensorFolder(path), entries)
-
-    def check_all(self) -> None:
-        for name in self.entries:
-            self.check(name)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
->>>>>>> bench
