@@ -44,7 +44,8 @@ GPU_CONTROLS = "resident,resident:marlin,uva:marlin,prefetch:marlin"
 """Both kernels when resident: on Hopper stock vLLM prefers another than Marlin, which the cache runs on."""
 SAMPLE_SECONDS = 0.1
 _RAISED = re.compile(
-    r"^(?:\[rank\d+\]: )?(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:[\w.]+\.)?(\w*(?:Error|Exception|Failed)\w*: \S.*)$"
+    r"^(?:\[rank\d+\]: )?(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?"  # what vLLM and torch put before a traceback's lines
+    r"(?:\w+\.)*(\w*(?:Error|Exception|Failed|Unsupported)\w*: \S.*)$"
 )
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 _CONSEQUENCES = ("EngineDeadError", "Engine core initialization failed", "RuntimeError: cancelled", "WorkerProc init")
@@ -180,7 +181,7 @@ class Benchmark:
 
     def _add(self, row: dict[str, Any]) -> None:
         at = "" if row["cache_size"] is None else f" at {row['cache_size']}"
-        print(f"{row['configuration']}{at}: {row['status']}" + (f", {row['reason']}" if "reason" in row else ""))
+        print(f"{row['configuration']}{at}: {row['status']}", flush=True)
         self.rows.append(row)
 
 
@@ -231,6 +232,11 @@ def main(words: list[str] | None = None) -> int:
     if machine["status"] != "ok":
         raise SystemExit(f"throughput: the machine cannot be described: {machine['reason']}")
     benchmark = Benchmark(options, machine)
+    if not benchmark.cuda and options.routing != "model" and not options.enforce_eager:
+        raise SystemExit(
+            f"throughput: --routing {options.routing} needs --enforce-eager on a CPU, where torch.compile would trace "
+            "vLLM's routing simulator and cannot"
+        )
     if options.controls is None:
         options.controls = control_names(GPU_CONTROLS) if benchmark.cuda else list(CONTROLS)
     result: dict[str, Any] = {

@@ -49,7 +49,7 @@ def add_predictions(result: dict[str, Any]) -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print one line a configuration and batch size; failures with their reason."""
+    """Print one line a configuration and batch size, and below them why others are missing."""
     environment = result["environment"]
     table = Table(
         *COLUMNS,
@@ -59,11 +59,18 @@ def print_table(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         slots = "all" if row["cache_size"] is None else str(row["cache_size"])
         if row["status"] != "ok":
-            table.add_row(row["configuration"], slots, "", f"{row['status']}: {row['reason']}")
+            table.add_row(row["configuration"], slots, "", row["status"])
             continue
         for found in row["measurements"]:
             table.add_row(row["configuration"], slots, *cells(row, found))
-    Console(width=None if Console().is_terminal else 200).print(table)
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(table)
+    for row in result["rows"]:
+        if "reason" in row:
+            size = "" if row["cache_size"] is None else f" at {row['cache_size']}"
+            console.print(
+                f"{row['configuration']}{size} {row['status']}: {row['reason']}", markup=False, soft_wrap=True
+            )
 
 
 def cells(row: dict[str, Any], found: dict[str, Any]) -> list[str]:

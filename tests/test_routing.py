@@ -21,6 +21,7 @@ from vllm_hlwq.bench.routing import (
     LocalityTable,
     locality_trace,
 )
+from vllm_hlwq.expert_cache import SlotTable
 from vllm_hlwq.plugin import ROUTING_VARIABLE
 
 PROJECT = Path(__file__).parent.parent
@@ -52,6 +53,20 @@ def test_an_expert_is_reused_within_eight_tokens_as_measured(used: torch.Tensor)
     again = torch.stack([used[ahead : len(used) - 8 + ahead] for ahead in range(1, 9)]).any(0)
     reused = (again & used[:-8]).sum() / used[:-8].sum()
     assert float(reused) == pytest.approx(REUSE_WITHIN_8, abs=0.015)
+
+
+@pytest.mark.parametrize(("slots", "hit_rate"), [(64, 0.92), (32, 0.82), (16, 0.58)])
+def test_a_cache_hits_as_often_as_locality_lets_it(trace: torch.Tensor, slots: int, hit_rate: float) -> None:
+    hits = queries = 0
+    for row in range(6):
+        table = SlotTable(EXPERTS, slots, TOP_K)
+        for step, ids in enumerate(trace[:, row]):
+            if step == 40:  # the cache is warm
+                before = table.counts()
+            table.plan_step(ids)
+        after = table.counts()
+        hits, queries = hits + after["hits"] - before["hits"], queries + after["queries"] - before["queries"]
+    assert hits / queries == pytest.approx(hit_rate, abs=0.04)
 
 
 def test_popularity_has_a_heavy_tail(used: torch.Tensor) -> None:
@@ -106,6 +121,7 @@ def test_a_prompt_is_consecutive_tokens_and_the_table_wraps(table: LocalityTable
 
 REGISTERING = f"""
 import os, sys
+from vllm_hlwq.expert_cache import SlotTable
 from vllm_hlwq.plugin import register
 os.environ.pop({ROUTING_VARIABLE!r}, None)
 register()

@@ -7,7 +7,8 @@ in a CUDA graph and no host synchronisation, less than the router it replaces, s
 The simulator hands over hidden states and router logits, not sequences or positions. So up to ``DECODE_ROWS`` rows
 are taken as one token each of as many sequences, row r always the same one; more rows are taken as consecutive tokens.
 A short prompt is thus spread over more experts than its own, a mixed batch treats its decoding rows as prompt, and a
-sequence that takes over another's row goes on with that row's prompt. Warm-up advances the table as well.
+sequence that takes over another's row goes on with that row's prompt. Warm-up advances the table as well. On a CPU
+vLLM's simulator, whatever the strategy, runs with ``--enforce-eager`` only: torch.compile cannot trace its log line.
 """
 
 from __future__ import annotations
@@ -128,22 +129,13 @@ def _layer_of_call() -> int:
     return layer
 
 
-@torch.library.custom_op("vllm_hlwq::measured_locality", mutates_args=())
-def measured_locality(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Experts int32 ``[T, top_k]`` for router logits ``[T, E]``, of which only the shape and the device count.
-
-    An operator of its own because torch.compile, which traces the router on CPU, must not look inside.
-    """
-    tokens, num_experts = router_logits.shape
-    key = (router_logits.device, num_experts, top_k)
+def table_on(device: torch.device, num_experts: int, top_k: int) -> LocalityTable:
+    """This process's table for a device and shape."""
+    key = (device, num_experts, top_k)
     if key not in _tables:
-        _tables[key] = LocalityTable.on(*key)
-    return _tables[key].route(tokens, _layer_of_call())
-
-
-@measured_locality.register_fake
-def _(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    return router_logits.new_empty((router_logits.shape[0], top_k), dtype=torch.int32)
+        with torch.inference_mode(False):  # its step advances in whatever mode a later pass runs
+            _tables[key] = LocalityTable.on(*key)
+    return _tables[key]
 
 
 def register_strategy() -> None:
@@ -159,7 +151,8 @@ def register_strategy() -> None:
             top_k: int,
             indices_type: torch.dtype | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            ids = torch.ops.vllm_hlwq.measured_locality(router_logits, top_k)
+            tokens, num_experts = router_logits.shape
+            ids = table_on(router_logits.device, num_experts, top_k).route(tokens, _layer_of_call())
             weights = torch.full(ids.shape, 1 / top_k, dtype=torch.float32, device=ids.device)
             return weights, ids.to(indices_type or ids.dtype)
 
