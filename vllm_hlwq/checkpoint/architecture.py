@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+_REPEATED = re.compile(r"(?<!per_)(layers?|experts?|depths?)$")
 MAX_REPEATED = 1024
 """Layers or experts of any model; a damaged configuration may ask for billions, which would take for ever."""
 
@@ -32,7 +34,7 @@ def _parameter_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
 
     config = json.loads(config_json)
     kind = config.get("model_type")
-    repeats = (v for k, v in _integers(config) if "layer" in k or "expert" in k or k == "depth")
+    repeats = (value for key, value in _integers(config) if _REPEATED.search(key))
     if not isinstance(kind, str) or max(repeats, default=0) > MAX_REPEATED:
         return {}
     try:

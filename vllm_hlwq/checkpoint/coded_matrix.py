@@ -16,7 +16,7 @@ from ..codec import blocks_of, pack, packed_size, unpack
 from ..codec.packing import unpack_half_block_nibbles
 from ..errors import CheckpointError
 from .expected import ExpectedModel
-from .names import PARTS, CodedGroup, CodedKeys
+from .names import PARTS, CodedKeys
 from .tensor_folder import TensorFolder
 
 DEFAULT_BLOCK_SIZE = 128
@@ -112,11 +112,11 @@ class MatrixReader:
         self._block_size = block_size
         self._expected = expected
 
-    def read(self, group: CodedGroup, keys: CodedKeys, columns: int | None) -> StoredMatrix:
-        """One matrix of a group.
+    def read(self, name: str, keys: CodedKeys, columns: int | None) -> StoredMatrix:
+        """One matrix of a parameter.
 
         Args:
-            group: of the parameter.
+            name: canonical name of the parameter.
             keys: the matrix's own keys.
             columns: of the parameter in the base model or our own list, if one of them has it.
 
@@ -124,7 +124,7 @@ class MatrixReader:
             CheckpointError: its tensors contradict one another, the checkpoint's settings or ``columns``.
         """
         matrix, stated = self._legacy(keys) if keys.legacy else self._packed(keys)
-        matrix.in_features = self._columns(group.name, matrix, stated, columns)
+        matrix.in_features = self._columns(name, matrix, stated, columns)
         return matrix
 
     def _fail(self, key: str, problem: str) -> CheckpointError:

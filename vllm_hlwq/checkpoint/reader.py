@@ -103,7 +103,8 @@ class HlwqSource:
             is_stack = None not in group.matrices
             name, shape = self._expected.parameter(group.name, is_stack, self._held)
             slots = sorted(group.matrices, key=lambda slot: -1 if slot is None else slot)
-            stored = [self._reader.read(group, group.matrices[slot], shape[-1] if shape else None) for slot in slots]
+            columns = shape[-1] if shape else None
+            stored = [self._reader.read(group.name, group.matrices[slot], columns) for slot in slots]
             first = stored[0]
             for matrix in stored[1:]:
                 if (matrix.rows, matrix.in_features, matrix.bits, matrix.block_size) != (
