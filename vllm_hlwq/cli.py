@@ -1,6 +1,7 @@
 """The ``hlwq`` command: checkpoints to HLWQ, to INT4, back to 16 bit, and what is in them.
 
 An error is one line on standard error and exit code 1; results go to standard output, progress to standard error.
+Commands import what they use: torch and compressed-tensors take five seconds, which ``--help`` should not.
 """
 
 from __future__ import annotations
@@ -10,23 +11,19 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.conversion import gigabytes, listed
-from .checkpoint.dequantize import dequantize, open_source
-from .checkpoint.export import GroupSize, export_int4
-from .checkpoint.inspect import by_layer, inspect
-from .checkpoint.quantize import quantize
-from .checkpoint.reader import HlwqSource
-from .checkpoint.verify import verify
-from .codec import CodebookName
 from .errors import CheckpointError
 from .marlin_shapes import SUPPORTED_GROUP_SIZES
+
+if TYPE_CHECKING:
+    import torch
+
+    from .codec import CodebookName
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -77,21 +74,24 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"hlwq: {error.filename}: {error.strerror}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("hlwq: interrupted; the same command goes on where this one stopped", err=True)
+            resume = "; the same command goes on where this one stopped" if "out" in kwargs else ""
+            typer.echo(f"hlwq: interrupted{resume}", err=True)
             raise typer.Exit(130) from None
 
     return wrapped
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError:
         raise CheckpointError(f"--device {name}: no such device; use cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise CheckpointError(f"--device {name}: not supported; use cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"--device {name}: PyTorch sees no CUDA device; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
 
 
@@ -117,6 +117,9 @@ def quantize_command(
     device: Device = "cpu",
 ) -> None:
     """Code a 16-bit model: BF16 safetensors to an HLWQ checkpoint."""
+    from .checkpoint.conversion import gigabytes
+    from .checkpoint.quantize import quantize
+
     done = quantize(source, out, bits, codebook.value, fit.value, _device(device), keep=keep or ())
     typer.echo(
         f"{out}: {len(done.coded)} parameters coded at {bits} bits, {len(done.kept)} kept; "
@@ -145,6 +148,9 @@ def export_command(
     device: Device = "cpu",
 ) -> None:
     """Make the INT4 sibling that vLLM serves, from an HLWQ or a 16-bit model."""
+    from .checkpoint.dequantize import open_source
+    from .checkpoint.export import GroupSize, export_int4
+
     if group_size is not None and group_size not in SUPPORTED_GROUP_SIZES:
         sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size)
         raise CheckpointError(f"--group-size {group_size}: Marlin takes {sizes}; choose one of them")
@@ -163,6 +169,10 @@ def dequantize_command(
     source: Source, out: Out, base_model: BaseModel = None, codebook: CodebookOption = None, device: Device = "cpu"
 ) -> None:
     """Write the 16-bit model that an HLWQ or INT4 checkpoint stands for."""
+    from .checkpoint.conversion import listed
+    from .checkpoint.dequantize import dequantize, open_source
+    from .checkpoint.reader import HlwqSource
+
     opened = open_source(source, base_model, _name(codebook), _device(device))
     missing = dequantize(opened, out)
     decoded = (
@@ -186,6 +196,9 @@ def inspect_command(
     codebook: CodebookOption = None,
 ) -> None:
     """Say what is in a checkpoint, layer by layer."""
+    from .checkpoint.conversion import gigabytes
+    from .checkpoint.inspect import by_layer, inspect
+
     found = inspect(path, base_model, _name(codebook))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -219,6 +232,9 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a checkpoint's files, sums, shapes and completeness, and its error against the original."""
+    from .checkpoint.conversion import gigabytes
+    from .checkpoint.verify import verify
+
     report = verify(path, reference, base_model, _name(codebook))
     if as_json:
         typer.echo(json.dumps(report.json(), indent=2))
