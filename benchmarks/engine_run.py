@@ -9,7 +9,6 @@ process's. Prompts are fixed token ids, different for every repetition and equal
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -21,17 +20,6 @@ import torch
 
 WARM_UP_TOKENS = 3
 FIRST_PLAIN_TOKEN = 3  # past padding, end and beginning
-
-
-def prepare_cpu() -> None:
-    """Let a CPU run vLLM's engine in this process.
-
-    vLLM's attention uses AMX tiles where the processor has them, but does not ask the kernel for the permission that
-    Linux wants first; asking holds for this process only, so the engine stays in it.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
 
 
 def gpu_memory(worker: Any) -> dict[str, int]:
@@ -164,8 +152,6 @@ def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_token
 
 def run(specification: dict[str, Any]) -> dict[str, Any]:
     """Measure the specified engine at all its batch sizes."""
-    if not torch.cuda.is_available():
-        prepare_cpu()
     engine = Engine(specification["model"], specification["cached"], specification["engine"])
     sizes = ("prompt_tokens", "new_tokens", "repeats")
     measurements = [

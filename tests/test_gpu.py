@@ -1,4 +1,4 @@
-"""The whole engine on a CUDA device: captured graphs, both model runners, every cache size; and page-locked records."""
+"""The whole engine on a CUDA device: captured graphs, both model runners, every cache size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, SamplingParams
-
-from vllm_hlwq.host_store import HostStore, RecordLayout
-from vllm_hlwq.weight_bank import WeightBank
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,27 +23,11 @@ PROMPTS = [
 ]
 
 
-def test_records_are_copied_from_page_locked_memory() -> None:
-    layout = RecordLayout({"w13_weight_packed": ((96, 32), torch.int32), "w2_weight_scale": ((64, 3), torch.bfloat16)})
-    store = HostStore(16, layout)
-    generator = torch.Generator().manual_seed(0)
-    for name in layout:
-        field = store.field(name)
-        field.copy_(torch.randint(-1000, 1000, field.shape, generator=generator))
-    store.page_lock()
-    assert store.field("w13_weight_packed").is_pinned()
-    bank = WeightBank.allocate(4, layout, torch.device("cuda"))
-    bank.load(store, torch.tensor([11, 3, 7]), torch.tensor([2, 0, 3]))
-    for name in layout:
-        for expert, row in ((11, 2), (3, 0), (7, 3)):
-            assert torch.equal(bank.fields[name][row].cpu(), store.field(name)[expert])
-
-
 class Engine:
     """One engine's greedy continuations, its log probabilities of given ones, and its counters."""
 
     def __init__(self, cache_size: int, **arguments: Any) -> None:
-        options = {"moe_expert_cache_size": cache_size} if cache_size else None
+        options = {"moe_expert_cache_size": cache_size}
         self.llm = LLM(
             str(MODEL), additional_config=options, max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.1,
             attention_backend="TRITON_ATTN", enable_prefix_caching=False, **arguments,
