@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from pathlib import Path
 
 import torch
 
 from vllm_hlwq.checkpoint.hashes import byte_view
+from vllm_hlwq.checkpoint.shard import TensorPlan, shard_layout
 
 HIDDEN, EXPERTS, EXPERT_WIDTH = 2048, 64, 128
 RANDOM_BYTES = 40 * 2**20
@@ -66,17 +66,12 @@ def write_model(out: Path, total_bytes: int) -> int:
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """One safetensors file of BF16 tensors: its header, random weights where a matrix begins, holes for the rest."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    head, offsets, size = shard_layout([TensorPlan(name, torch.bfloat16, shape) for name, shape in shapes.items()])
+    generator = torch.Generator().manual_seed(0)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-        generator = torch.Generator().manual_seed(0)
+        file.write(head)
+        file.truncate(size)
         for name, shape in shapes.items():
             count = min(RANDOM_BYTES // 2, math.prod(shape))
-            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.seek(offsets[name])
             file.write(byte_view((torch.randn(count, generator=generator) * 0.02).bfloat16()))

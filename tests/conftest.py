@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
 
+# Run by test_triton_interpreter.py, in a process with Triton's interpreter.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
 
 @pytest.fixture(scope="session")
 def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
