@@ -205,7 +205,7 @@ def _hlwq_method(facts: Facts) -> str:
 def _int4_method(facts: Facts) -> str:
     size = f"{facts.group_size} inputs" if facts.group_size else "a whole row"
     return (
-        f"compressed-tensors `pack-quantized`: symmetric 4-bit integers, one 16-bit scale for {size}. What is not "
+        f"compressed-tensors `pack-quantized`: 4-bit integers, one 16-bit scale for {size}. What is not "
         "listed as INT4 below is kept in 16 bit and named in `ignore` of `config.json`."
     )
 
@@ -219,8 +219,8 @@ def _error(facts: Facts) -> str:
         for e in facts.errors
     )
     return (
-        f"Relative mean squared error of all weights that coding changed: **{facts.relative_mse:.6f}**, measured {source}. That of a "
-        "layer is the mean of its parameters', by their number of weights.\n\n"
+        f"Relative mean squared error of all weights that coding changed: **{facts.relative_mse:.6f}**, measured "
+        f"{source}. That of a layer is the mean of its parameters', by their number of weights.\n\n"
         f"![Error by layer]({CHARTS['error']})\n\n"
         "<details><summary>By layer</summary>\n\n"
         f"| layer | | weights | relative mean squared error |\n|---|---|---|---|\n{rows}\n</details>"
