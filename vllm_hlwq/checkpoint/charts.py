@@ -52,12 +52,12 @@ def compression(totals: Mapping[str, int]) -> bytes:
 
 
 def layer_errors(errors: Sequence[LayerError], total: float) -> bytes:
-    """Relative mean squared error by layer, a line for each kind; parameters outside the layers stand at their left."""
+    """Relative mean squared error by layer, a line for each kind; hollow marks at the left are in no layer."""
     figure = _figure(3.6)
     axes = figure.subplots()
     layers = sorted({error.layer for error in errors if error.layer is not None})
-    outside = any(error.layer is None for error in errors)
-    first = layers[0] if layers else 0
+    first, last = (layers[0], layers[-1]) if layers else (0, 0)
+    left = first - max(1, 0.05 * (last - first))
     for kind in KINDS:
         style: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 5}
         own = [(e.layer, e.relative_mse) for e in errors if e.kind == kind and e.layer is not None]
@@ -65,14 +65,16 @@ def layer_errors(errors: Sequence[LayerError], total: float) -> bytes:
         if own:
             axes.plot(*zip(*own, strict=True), label=kind, linewidth=1.4, **style)
         if alone:
-            axes.plot([first - 1], alone, label=None if own else kind, linestyle="none", **style)
-    axes.axhline(total, color=INK, linewidth=1, linestyle="--", label="all of them")
+            axes.plot(
+                [left], alone, label=f"{kind}, in no layer", linestyle="none", markerfacecolor="white",
+                markeredgewidth=1.6, **style,
+            )  # fmt: skip
+    axes.axhline(total, color=INK, linewidth=1, linestyle="--", label="all of them", zorder=0)
     axes.set_title("Error of the weights that coding changed", loc="left", color=INK)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative mean squared error")
-    left, right = first - (1 if outside else 0), layers[-1] if layers else first
-    axes.set_xlim(left - 0.5, right + 0.5)
-    axes.set_xticks(*_ticks(layers, first - 1 if outside else None))
+    axes.set_xlim((left if any(e.layer is None for e in errors) else first) - 0.5, last + 0.5)
+    axes.set_xticks(layers[:: max(1, -(-len(layers) // 12))])
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     # An error near another's is to look near: the axis spans at least a tenth of what it shows.
     values = [total, *(error.relative_mse for error in errors)]
@@ -83,16 +85,8 @@ def layer_errors(errors: Sequence[LayerError], total: float) -> bytes:
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     return _png(figure)
-
-
-def _ticks(layers: Sequence[int], outside: int | None) -> tuple[list[int], list[str]]:
-    """Places and labels: at most about a dozen layers, and one for what is outside them."""
-    every = max(1, -(-len(layers) // 12))
-    shown = list(layers[::every])
-    labels = [str(layer) for layer in shown]
-    return (shown, labels) if outside is None else ([outside, *shown], ["no layer", *labels])
 
 
 def breakdown(sizes: Mapping[str, Sequence[Part]]) -> bytes:
@@ -108,7 +102,7 @@ def breakdown(sizes: Mapping[str, Sequence[Part]]) -> bytes:
                 row, part.bytes, left=left, height=0.6, color=COLOURS[part.kind], edgecolor="white", linewidth=0.8,
                 hatch=None if coded else HATCH,
             )  # fmt: skip
-            if part.bytes > 0.09 * largest:
+            if part.bytes > 0.12 * largest:
                 axes.text(
                     left + part.bytes / 2, row, gigabytes(part.bytes), ha="center", va="center", fontsize=8, color=INK,
                     bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
