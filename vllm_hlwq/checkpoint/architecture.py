@@ -10,7 +10,7 @@ import torch
 
 
 def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes by parameter name, tied copies left out; empty if transformers does not know the architecture."""
+    """Shapes by name of parameter or stored buffer, tied copies left out; empty for what transformers does not know."""
     return _parameter_shapes(json.dumps(config, sort_keys=True))
 
 
@@ -29,4 +29,7 @@ def _parameter_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
             model = AutoModelForCausalLM.from_config(built)
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    # Buffers too: Gemma-4's layer_scalar and the like come from the checkpoint as parameters do.
+    stored = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *buffers]}
