@@ -21,11 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from vllm_hlwq.checkpoint.quantize import quantize
 from vllm_hlwq.checkpoint.reader import HlwqSource
 from vllm_hlwq.checkpoint.shard import Group, TensorPlan, shards_of, write_shard
 from vllm_hlwq.checkpoint.writer import FolderWriter
+from vllm_hlwq.cli import app
 from vllm_hlwq.codec import SEARCH, BlockCoder, codebook, dequantize_matrix, quantize_matrix
 from vllm_hlwq.errors import CheckpointError
 
@@ -436,6 +438,18 @@ def test_a_full_disk_is_one_clear_error_and_room_is_the_remedy(source: Path, cod
     quantize(source, small_disk / "out", shard_bytes=SHARD_BYTES)
     assert contents(small_disk / "out") == contents(coded)
     assert {name: (small_disk / "out" / name).stat().st_ino for name in kept} == kept
+
+
+def test_the_command_on_a_full_disk(source: Path, small_disk: Path) -> None:
+    command = ["quantize", str(source), str(small_disk / "out")]
+    (small_disk / "filler").write_bytes(b"x" * 900_000)
+    refused = CliRunner().invoke(app, command)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"hlwq: {small_disk}/out.partial/model.safetensors: cannot be written (No space")
+    assert refused.stderr.count("\n") == 1
+    (small_disk / "filler").unlink()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert CliRunner().invoke(app, ["verify", str(small_disk / "out")]).exit_code == 0
 
 
 def test_a_mount_point_is_refused_before_the_work(source: Path, small_disk: Path) -> None:

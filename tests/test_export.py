@@ -275,6 +275,24 @@ def test_shapes_that_no_group_size_helps(tmp_path: Path, width: int, hidden: int
     assert message.endswith("no group size helps")
 
 
+def test_searched_scales_lower_the_error_of_every_group(tmp_path: Path) -> None:
+    tensors = experts(128)
+    source = folder(tmp_path / "model", tensors)
+    states = []
+    for search in (True, False):
+        export_int4(source, tmp_path / str(search), 64, search=search)
+        states.append(weights(tmp_path / str(search)))
+    for name, tensor in tensors.items():
+        wanted, stem = tensor.float(), name.removesuffix("weight")
+        searched, largest = (
+            (decoded(state, stem) - wanted).square().view(len(wanted), -1, 64).sum(-1) for state in states
+        )
+        assert (searched <= largest).all()
+        assert searched.sum() < 0.9 * largest.sum()
+        peak = wanted.view(len(wanted), -1, 64).abs().amax(-1)
+        torch.testing.assert_close(states[1][f"{stem}weight_scale"].float(), peak / 7.5, rtol=2**-8, atol=0)
+
+
 def test_asymmetric_groups_reach_from_their_smallest_weight_to_their_largest(tmp_path: Path) -> None:
     tensors = experts(64)
     tensors["layers.0.experts.1.w3.weight"] += 3  # no group straddles zero
