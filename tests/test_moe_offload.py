@@ -11,8 +11,9 @@ from checkpoints import NUM_EXPERTS, TOP_K
 from engines import LoadedModel
 from transformers import AutoModelForCausalLM
 
+from vllm_hlwq.checkpoint.dequantize import dequantize
 from vllm_hlwq.checkpoint.export import export_int4
-from vllm_hlwq.int4_checkpoint import dequantize_int4
+from vllm_hlwq.checkpoint.int4_source import Int4Source
 
 FORMATS = {
     "bf16": None,
@@ -74,8 +75,8 @@ def test_outputs_equal_the_transformers_model(model_and_checkpoint: tuple[str, P
     model, source = model_and_checkpoint
     checkpoint = source
     if "int4" in checkpoint.name:
-        source = tmp_path
-        dequantize_int4(checkpoint, source)
+        source = tmp_path / "16-bit"
+        dequantize(Int4Source(checkpoint), source)
     reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     loaded = LoadedModel(checkpoint, TOP_K - 1)
     for layer, block in enumerate(reference.model.layers):

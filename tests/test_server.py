@@ -16,7 +16,8 @@ from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_hlwq.bench.server import Server
-from vllm_hlwq.int4_checkpoint import dequantize_int4
+from vllm_hlwq.checkpoint.dequantize import dequantize
+from vllm_hlwq.checkpoint.int4_source import Int4Source
 
 pytestmark = pytest.mark.server
 
@@ -47,7 +48,7 @@ def cached() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained-bf16")
-    dequantize_int4(MODEL, out)
+    dequantize(Int4Source(MODEL), out)
     return out
 
 

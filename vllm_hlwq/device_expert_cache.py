@@ -36,7 +36,8 @@ class Staging:
     def allocate(cls, rows: int, banks: int, layout: RecordLayout, device: torch.device) -> Staging:
         """Make ``banks`` banks of ``rows`` experts each."""
         made = tuple(WeightBank.allocate(rows, layout, device) for _ in range(banks))
-        return cls(made, tuple(Gather(layout, bank) for bank in made), torch.cuda.Stream(device))
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return cls(made, tuple(Gather(layout, bank) for bank in made), stream)
 
     @property
     def rows(self) -> int:
@@ -148,7 +149,8 @@ class DeviceExpertCache:
                     gather = staging.gathers[(wave - 1) % len(staging.banks)]
                     first = (wave - 1) * staging.rows
                     gather(self._address, table.staged_experts, self._staged_rows, table.staged_count, first)
-                return staging.stream.record_event()
+                event: torch.cuda.Event = staging.stream.record_event()
+                return event
 
         compute = torch.cuda.current_stream()
         # Also waits for the layers before, which read the staging banks.

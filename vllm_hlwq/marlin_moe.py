@@ -1,9 +1,9 @@
-"""vLLM's Marlin INT4 kernels as the backend on CUDA: what they take, their weight layout, and one wave of experts.
+"""vLLM's Marlin INT4 kernels as the backend on CUDA: their weight layout, and one wave of experts.
 
-The kernels are vLLM's own and so is the conversion into their layout. What differs from vLLM's ``MarlinExperts`` is who
-says where an expert's weights are: blocks of rows are formed over the layer's expert ids, as for a resident model, and
-only then is each block given a row of a bank (``wave_blocks.py``). So block order, and with it every bit of the answer in
-one wave, is the resident model's.
+The kernels are vLLM's own and so is the conversion into their layout. What differs from vLLM's ``MarlinExperts`` is
+who says where an expert's weights are: blocks of rows are formed over the layer's expert ids, as for a resident model,
+and only then is each block given a row of a bank (``wave_blocks.py``). So block order, and with it every bit of the
+answer in one wave, is the resident model's.
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ from typing import Any
 
 import torch
 
+from .marlin_shapes import marlin_obstacle
 from .vllm_compat import borrow
 from .wave_blocks import Alignment
 from .weight_bank import WeightBank
 
-SUPPORTED_GROUP_SIZES = (32, 64, 128, None)
-HIDDEN_MULTIPLE = 128
-"""Rows of a Marlin tile along the reduction; vLLM never pads the hidden size, it is the layer's input and output."""
-LINEAR_OUT_MULTIPLE = 64
-"""Columns of a Marlin tile; a linear layer's outputs are not padded."""
 OLDEST_CAPABILITY = (7, 5)
 MAX_EXPERTS = 1023
 """vLLM's alignment kernel scans ``num_experts + 1`` entries with 1,024 threads."""
@@ -33,36 +29,6 @@ FIELDS = (
     "w13_input_scale", "w2_input_scale", "w13_bias", "w2_bias",
 )  # fmt: skip
 """What vLLM's conversion returns, in its order; absent ones are None. Input scales exist for INT8 activations only."""
-
-
-def linear_obstacle(out_features: int, in_features: int, group_size: int | None) -> str | None:
-    """Say why Marlin cannot take an INT4 linear layer of a shape, None if it can; arguments as below."""
-    if out_features % LINEAR_OUT_MULTIPLE:
-        return f"{out_features} outputs are no multiple of {LINEAR_OUT_MULTIPLE}"
-    if in_features % HIDDEN_MULTIPLE:
-        return f"{in_features} inputs are no multiple of {HIDDEN_MULTIPLE}"
-    if group_size is not None and in_features % group_size:
-        return f"group size {group_size} does not divide {in_features} inputs"
-    return None
-
-
-def marlin_obstacle(hidden_size: int, expert_width: int, group_size: int | None) -> str | None:
-    """Say why Marlin cannot take INT4 experts of a shape, None if it can.
-
-    Args:
-        hidden_size: the layer's input and output features.
-        expert_width: intermediate features of one expert on one tensor-parallel rank.
-        group_size: input features that share a scale; None for one scale per output channel.
-
-    Source: ``check_moe_marlin_supports_config`` of vLLM 0.32 with tile padding, as compressed-tensors uses it.
-    """
-    if group_size not in SUPPORTED_GROUP_SIZES:
-        return f"group size {group_size} is none of 32, 64, 128 and per channel"
-    if hidden_size % HIDDEN_MULTIPLE:
-        return f"hidden size {hidden_size} is no multiple of {HIDDEN_MULTIPLE}"
-    if group_size is not None and expert_width % group_size:
-        return f"group size {group_size} does not divide the expert width {expert_width}"
-    return None
 
 
 def device_obstacle(moe_config: Any, weight_quant: Any) -> str | None:

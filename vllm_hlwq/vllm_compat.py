@@ -174,6 +174,18 @@ BORROWED: dict[str, Borrowed] = {
         "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
     ),
     "scalar_types": Borrowed("vllm.scalar_type", "scalar_types", "vLLM's names of 4-bit weights", ("uint4", "uint4b8")),
+    "RoutingStrategy": Borrowed(
+        f"{_FUSED_MOE}.router.routing_simulator_router",
+        "RoutingStrategy",
+        "base of the benchmarks' routing with measured locality",
+        ("route_tokens",),
+    ),
+    "RoutingSimulator": Borrowed(
+        f"{_FUSED_MOE}.router.routing_simulator_router",
+        "RoutingSimulator",
+        "vLLM's own place for routing that a benchmark prescribes",
+        ("register_strategy",),
+    ),
 }
 
 

@@ -137,8 +137,8 @@ def dense_experts(
     Returns:
         ``[T, hidden]``.
     """
-    weights = torch.zeros(len(hidden_states), len(experts.gate_up_proj), device=hidden_states.device)
-    weights = weights.scatter(1, top_k_index, top_k_weights.float())
+    weights = hidden_states.new_zeros(len(hidden_states), len(experts.gate_up_proj))
+    weights = weights.scatter(1, top_k_index, top_k_weights.to(weights.dtype))
     gate, up = torch.einsum("th,eoh->eto", hidden_states, experts.gate_up_proj).chunk(2, dim=-1)
     inner = experts.act_fn(gate) * up * weights.t().unsqueeze(-1)
     return torch.einsum("etw,ehw->th", inner, experts.down_proj)
