@@ -65,7 +65,32 @@ def load_memory(result: dict[str, Any]) -> str:
     )
 
 
-RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"tiny_moe": tiny_moe, "load_memory": load_memory}
+def codec(result: dict[str, Any]) -> str:
+    speed, memory = result["speed"], result["memory"]
+    rows = "".join(
+        f"| {row['what']} | {row['bits']} | {row['seconds'] * 1000:.0f} | {row['ratio']:.2f} | {row['limit'] or ''} |\n"
+        for row in speed["rows"]
+    )
+    peaks = "".join(
+        f"| `hlwq {name}` | {command['peak'] / MIB:,.0f} | {memory['limit'] / MIB:,.0f} | {command['seconds']:.0f} |\n"
+        for name, command in memory["commands"].items()
+    )
+    return (
+        f"{speed['weights'] / 1e6:.1f} million float32 weights, median of {speed['repeats']}. The unit is their bare "
+        f"block-Hadamard product in the same run, {speed['product_seconds'] * 1000:.1f} ms at its best of "
+        f"{speed['product_blocks_at_a_time']:,} blocks at a time.\n\n"
+        f"| | bits | ms | in units of the product | at most |\n|---|---|---|---|---|\n{rows}\n"
+        f"Converting a model of {memory['model_bytes'] / 2**30:.1f} GiB, with Python and its libraries:\n\n"
+        f"| | peak of anonymous memory, MiB | at most | seconds |\n|---|---|---|---|\n{peaks}\n"
+        f"({machine(result['environment'])}; made by `benchmarks/codec.py`.)\n"
+    )
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tiny_moe": tiny_moe,
+    "load_memory": load_memory,
+    "codec": codec,
+}
 
 
 def render(text: str) -> str:
