@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import CheckpointError
-from .marlin_moe import SUPPORTED_GROUP_SIZES
+from .marlin_shapes import SUPPORTED_GROUP_SIZES
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from ..errors import CheckpointError
 from ..int4_checkpoint import int4_arguments, quantize_weight
-from ..marlin_moe import linear_obstacle, marlin_obstacle
+from ..marlin_shapes import linear_obstacle, marlin_obstacle
 from .conversion import copy_pieces, listed, plain_group, run_with_progress, side_files, task_of
 from .int4_source import Int4Source
 from .layouts import Matrix, Vector, expert_biases, expert_matrices, linear_matrix
@@ -127,7 +127,8 @@ def _linears(
     }  # fmt: skip
 
 
-def _int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+def int4_group(name: str, plan: Plan, arguments: QuantizationArgs, source: WeightSource) -> Group:
+    """The INT4 tensors that replace a source parameter: packed codes, scales, shape, and zero points if asymmetric."""
     dtype = _scale_dtype(source.parameters[name].dtype)
     tensors = []
     for matrix in plan.matrices[name]:
@@ -189,7 +190,7 @@ def export_int4(
     groups = []
     for name in source.parameters:
         if name in plan.matrices:
-            groups.append(_int4_group(name, plan, arguments, source))
+            groups.append(int4_group(name, plan, arguments, source))
         elif name in plan.biases:
             dtype = source.parameters[name].dtype
             groups.append(Group(name, tuple(TensorPlan(b.name, dtype, b.shape) for b in plan.biases[name])))
@@ -214,7 +215,7 @@ def export_int4(
 
     run_with_progress(writer, source, produce, "exporting INT4")
     config = source.config()
-    config["quantization_config"] = _quantization_config(plan, arguments)
+    config["quantization_config"] = quantization_config(plan, arguments)
     writer.finish({"config.json": config}, side_files(source))
     return plan
 
@@ -251,7 +252,8 @@ def _quantized(
         yield f"{matrix.stem}{key}", tensor
 
 
-def _quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+def quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
+    """``quantization_config`` of an exported checkpoint, with every module that stays in 16 bit in ``ignore``."""
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -68,8 +68,8 @@ def _hlwq(path: Path, base_model: Path | None, codebook: CodebookName | None) ->
     for name, parameter in source.parameters.items():
         stored = source.matrices.get(name)
         if stored is None:
-            if name in source.folder.tensors:
-                info = source.folder.tensors[name]
+            if name in source.plain:
+                info = source.folder.tensors[source.plain[name]]
                 parameters.append(_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes))
             continue
         size = sum(source.folder.tensors[key].bytes for matrix in stored for key in matrix.keys)

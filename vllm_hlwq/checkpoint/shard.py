@@ -64,6 +64,45 @@ def shards_of(groups: list[Group], limit: int) -> list[list[Group]]:
     return shards
 
 
+def shard_name(index: int, count: int) -> str:
+    """File name of a shard, counted from 0."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def shard_index(shards: list[list[Group]]) -> dict[str, Any]:
+    """Contents of ``model.safetensors.index.json``."""
+    weight_map = {
+        tensor.name: shard_name(index, len(shards))
+        for index, groups in enumerate(shards)
+        for group in groups
+        for tensor in group.tensors
+    }
+    return {"metadata": {"total_size": sum(g.bytes for s in shards for g in s)}, "weight_map": weight_map}
+
+
+def shard_layout(plans: list[TensorPlan]) -> tuple[bytes, dict[str, int], int]:
+    """Lay out a safetensors file.
+
+    Returns:
+        The bytes before the data, each tensor's offset in the file, ascending, and the size of the file. Wide dtypes
+        come first, so that every tensor is aligned to its own size.
+    """
+    offsets, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for plan in sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name)):
+        offsets[plan.name] = end
+        header[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [end, end + plan.bytes],
+        }
+        end += plan.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + offset for name, offset in offsets.items()}, len(head) + end
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -87,29 +126,16 @@ def write_shard(path: Path, groups: list[Group], produce: Produce) -> dict[str, 
     Raises:
         OSError: the disk is full, or the file cannot be written.
     """
-    # Wide dtypes first, so that every tensor is aligned to its own size.
-    plans = sorted((t for group in groups for t in group.tensors), key=lambda t: (-t.dtype.itemsize, t.name))
-    offsets, end = {}, 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for plan in plans:
-        offsets[plan.name] = end
-        header[plan.name] = {
-            "dtype": DTYPE_NAMES[plan.dtype],
-            "shape": list(plan.shape),
-            "data_offsets": [end, end + plan.bytes],
-        }
-        end += plan.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
+    plans = [tensor for group in groups for tensor in group.tensors]
+    head, offsets, size = shard_layout(plans)
     by_name = {plan.name: plan for plan in plans}
     written = dict.fromkeys(by_name, 0)
     digests = {name: hashlib.sha256() for name in by_name}
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk is noticed before the work is done
-            file.write(struct.pack("<Q", len(text)) + text)
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is noticed before the work is done
+            file.write(head)
             file.flush()
             for group in groups:
                 for name, piece in produce(group):
@@ -117,7 +143,7 @@ def write_shard(path: Path, groups: list[Group], produce: Produce) -> dict[str, 
                         raise RuntimeError(f"{name}: produced as {piece.dtype}, planned as {by_name[name].dtype}")
                     data = byte_view(piece)
                     digests[name].update(data)
-                    _write_at(file.fileno(), data, start + offsets[name] + written[name])
+                    _write_at(file.fileno(), data, offsets[name] + written[name])
                     written[name] += len(data)
             short = next((name for name, plan in by_name.items() if written[name] != plan.bytes), None)
             if short is not None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from ..errors import CheckpointError
 from .hashes import HashList
 from .metadata import HASHES, parse
-from .shard import Group, Produce, shards_of, sync, write_shard
+from .shard import Group, Produce, shard_index, shard_name, shards_of, sync, write_shard
 from .tensor_folder import TensorFolder, read_json
 
 SHARD_BYTES = 2 * 10**9
@@ -144,11 +144,6 @@ class FolderWriter:
             "make room or choose another folder, then run the same command: finished shards are kept"
         )
 
-    def shard_name(self, index: int) -> str:
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
-
     @property
     def notes(self) -> dict[str, Any]:
         """What ``note`` was told, over all shards, also those finished by an earlier attempt."""
@@ -170,7 +165,7 @@ class FolderWriter:
         """
         try:
             for index, groups in enumerate(self.shards):
-                path = self.work / self.shard_name(index)
+                path = self.work / shard_name(index, len(self.shards))
                 if path.name in self._finished and path.is_file():
                     self._take_up(path)
                 else:
@@ -222,7 +217,7 @@ class FolderWriter:
                 write_json(self.work / name, content)
             write_text(self.work / HASHES, json.dumps(self._entries, separators=(",", ":")) + "\n")
             if len(self.shards) > 1:
-                write_json(self.work / INDEX, self._index())
+                write_json(self.work / INDEX, shard_index(self.shards))
             hashes = HashList.read(TensorFolder(self.work))
             assert hashes is not None
             for name in hashes.entries:
@@ -237,12 +232,3 @@ class FolderWriter:
             raise self._failed(self.work, error) from None
         finally:
             self.release()
-
-    def _index(self) -> dict[str, Any]:
-        weight_map = {
-            tensor.name: self.shard_name(index)
-            for index, groups in enumerate(self.shards)
-            for group in groups
-            for tensor in group.tensors
-        }
-        return {"metadata": {"total_size": sum(g.bytes for s in self.shards for g in s)}, "weight_map": weight_map}
