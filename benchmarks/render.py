@@ -32,13 +32,15 @@ def machine(environment: dict[str, Any]) -> str:
 def tiny_moe(result: dict[str, Any]) -> str:
     training = result["training"]
     tokens = training["steps"] * training["batch"] * training["context"]
+    cost = result["perplexity_hlwq"] / result["perplexity_bf16"] - 1
     return (
-        f"Trained for {training['minutes']:.0f} minutes on {tokens:,} tokens; {training['parameters']:,} parameters. "
-        f"Held-out perplexity over {result['held_out_tokens']:,} tokens: **{result['perplexity_bf16']}** in BF16, "
-        f"**{result['perplexity_int4']}** with INT4 experts (group size {result['group_size']}, "
-        f"{result['weights_bytes'] / MIB:.2f} MiB). A sample at temperature 0.6, prompted by "
+        f"Trained on {tokens:,} tokens ({training['environment']['device']}, {training['minutes']:.1f} minutes); "
+        f"{training['parameters']:,} parameters. Held-out perplexity over {result['held_out_tokens']:,} tokens: "
+        f"**{result['perplexity_bf16']:.2f}** in BF16, **{result['perplexity_hlwq']:.2f}** at {result['bits']} bits "
+        f"(+{cost:.2%}; {result['hlwq_bytes'] / MIB:.2f} MiB, what ships), **{result['perplexity_int4']:.2f}** in its "
+        f"INT4 sibling (group size {result['group_size']}, what is served). A sample at temperature 0.6, prompted by "
         f"“{result['prompt']}”:\n\n```text\n{(result['prompt'] + result['sample']).strip()}\n```\n\n"
-        f"({machine(result['environment'])}; made by `examples/tiny_moe/export.py`.)\n"
+        f"({machine(result['environment'])}; made by `examples/tiny_moe/quantize.py`.)\n"
     )
 
 

@@ -46,7 +46,10 @@ def write_model(out: Path, total_bytes: int) -> int:
     """
     out.mkdir(parents=True)
     tower = {"model.vision_tower.patch.weight": (total_bytes * 2 // 5 // (2 * HIDDEN), HIDDEN)}
-    embedding = {"model.embed_tokens.weight": (total_bytes // 5 // (2 * HIDDEN), HIDDEN), "model.norm.weight": (HIDDEN,)}
+    embedding = {
+        "model.embed_tokens.weight": (total_bytes // 5 // (2 * HIDDEN), HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     width = total_bytes * 3 // 10 // (6 * EXPERTS * HIDDEN * EXPERT_WIDTH) * EXPERT_WIDTH
     shards = [tower, embedding, layer_shapes(0, max(EXPERT_WIDTH, width))]
     size = sum(map(bytes_of, shards))
