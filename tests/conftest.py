@@ -16,6 +16,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import checkpoints
 import hlwq_files
 
+from vllm_hlwq.checkpoint.dequantize import open_source
+from vllm_hlwq.checkpoint.export import export_int4
+
+# Run by test_triton_interpreter.py, in a process with Triton's interpreter.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """INT4 sibling of the trained model that ships."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-moe-CT"
+    export_int4(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
+    return out
+
 
 @pytest.fixture(scope="session")
 def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -58,6 +58,7 @@ class HlwqSource:
         need_tables: bool = True,
     ) -> None:
         self.path = path
+        self.device = device or torch.device("cpu")
         self.folder = TensorFolder(path)
         self.base = PlainSource(base_model) if base_model else None
         self.hashes = HashList.read(self.folder)
@@ -67,7 +68,7 @@ class HlwqSource:
         settings = read_settings(self.folder)
         self._expected = ExpectedModel(path, self.config(), self.base, settings.own)
         self._check_hash(CODEBOOK_KEY)
-        self.tables = CodebookTables(self.folder, path, device or torch.device("cpu"), settings.codebook_stored)
+        self.tables = CodebookTables(self.folder, path, self.device, settings.codebook_stored)
         bits = settings.bits or self.tables.stored_bits
         self._reader = MatrixReader(self.folder, bits, settings.block_size, self._expected)
         self.matrices: dict[str, list[StoredMatrix]] = {}
