@@ -202,7 +202,7 @@ def test_a_command_line_that_does_not_parse(arguments: tuple[str, ...]) -> None:
         ("quantize {source} {out} --device meta", "--device meta: not supported; use cpu or cuda"),
         ("quantize {source} {out} --device cuda:64", "--device cuda:64: PyTorch sees"),
         ("quantize {coded} {out}", "{coded}: is coded with HLWQ already"),
-        ("quantize {int4} {out}", "{int4}: its weights are quantised already (compressed-tensors)"),
+        ("quantize {int4} {out}", "{int4}: its weights are quantised already ('compressed-tensors')"),
         ("quantize {out} {source}", "{out}: does not exist"),
         ("verify {source} --reference {out}", "{out}: does not exist"),
     ],
@@ -247,6 +247,10 @@ def test_export_and_verify_without_a_base_are_refused_by_name(source: Path, bare
 
 def test_a_table_that_cannot_be_told_must_be_given(coded: Path, tmp_path: Path, copy: Callable[[Path], Path]) -> None:
     nameless = change(copy(coded), lambda state: state.pop("hlwq.codebook"))
+    assert "tensor hlwq.codebook is missing" in fails("dequantize", nameless, tmp_path / "out")
+    config = json.loads((nameless / "config.json").read_text())
+    del config["quantization_config"]["codebook"]  # as the published files, which neither hold nor promise one
+    (nameless / "config.json").write_text(json.dumps(config))
     message = fails("dequantize", nameless, tmp_path / "out")
     assert "codes are too few to tell it by" in message
     assert message.endswith("give --codebook A, B or C")
