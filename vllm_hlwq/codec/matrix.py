@@ -58,6 +58,7 @@ def quantize_matrix(
     packed = torch.empty(rows * row_bytes, dtype=torch.uint8, device=weight.device)
     norms = torch.empty(rows, blocks, dtype=torch.float16, device=weight.device)
     error = 0.0
+    padding = blocks * coder.block_size - in_features
     step = _rows_at_a_time(blocks, coder.device)
     for start in range(0, rows, step):
         chunk = weight[start : start + step]
@@ -66,7 +67,7 @@ def quantize_matrix(
         same_device = target.device == coder.device
         codes = target if same_device else coder.scratch.take("packed", target.shape, torch.uint8)
         try:
-            factors, chunk_error = coder.encode(padded, refinement, codes, measure)
+            factors, chunk_error = coder.encode(padded, refinement, codes, measure, blocks, padding)
         except ValueError as problem:
             raise ValueError(f"{problem} (in rows {start} to {start + len(chunk) - 1})") from None
         if not same_device:
