@@ -15,8 +15,6 @@ import argparse
 import json
 import re
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from vllm_hlwq.bench import environment
+from vllm_hlwq.bench.memory import PeakSampler
 from vllm_hlwq.bench.server import Server
 
 GROUP_SIZE = 32
 CACHE_SIZE = 2
 PEAK_FACTOR, PEAK_EXTRA = 1.1, 2**30
 SETTLED_FACTOR, SETTLED_EXTRA = 1.02, 64 * 2**20
-SAMPLE_SECONDS = 0.05
 LOADED = "Expert cache:"  # begins the line that the server logs when the experts are in place
 
 
@@ -131,35 +129,27 @@ def memory_of(process: psutil.Process) -> list[tuple[int, int]]:
     return found
 
 
-class LoadingPeak(threading.Thread):
-    """Samples the process that holds most memory until the log says that the experts are loaded."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self.server, self.process, self.bytes = server, psutil.Process(server.process.pid), 0
-
-    def run(self) -> None:
-        while LOADED not in self.server.log and self.server.process.poll() is None:
-            self.bytes = max([self.bytes, *(outside_files for _, outside_files in memory_of(self.process))])
-            time.sleep(SAMPLE_SECONDS)
-
-
 def measure(model: Path) -> dict[str, int]:
     """Serve a checkpoint and answer one request; bytes at the peak of loading and afterwards."""
     server = Server(
         model, "--moe-expert-cache-size", str(CACHE_SIZE), "--max-model-len", "512", "--enforce-eager",
         "--served-model-name", "m",
     )  # fmt: skip
-    peak = LoadingPeak(server)
+    process = psutil.Process(server.process.pid)
+    # The process that holds most memory, until the log says that the experts are loaded.
+    peak = PeakSampler(
+        lambda: max((outside_files for _, outside_files in memory_of(process)), default=0),
+        lambda: LOADED in server.log or server.process.poll() is not None,
+    )
     peak.start()
     with server:
         peak.join()
         server.post("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
-        settled = sum(total for total, _ in memory_of(peak.process))
+        settled = sum(total for total, _ in memory_of(process))
         line = next(line for line in server.log.splitlines() if LOADED in line)
     print(line[line.index(LOADED) :])
     banks = sum(int(amount) for amount in re.findall(r"(\d+) bytes of (?:slots|staging)", line))
-    return {"loading_peak": peak.bytes, "settled": settled, "banks": banks}
+    return {"loading_peak": peak.peak, "settled": settled, "banks": banks}
 
 
 def main() -> int:

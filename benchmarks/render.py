@@ -32,13 +32,15 @@ def machine(environment: dict[str, Any]) -> str:
 def tiny_moe(result: dict[str, Any]) -> str:
     training = result["training"]
     tokens = training["steps"] * training["batch"] * training["context"]
+    cost = result["perplexity_hlwq"] / result["perplexity_bf16"] - 1
     return (
-        f"Trained for {training['minutes']:.0f} minutes on {tokens:,} tokens; {training['parameters']:,} parameters. "
-        f"Held-out perplexity over {result['held_out_tokens']:,} tokens: **{result['perplexity_bf16']}** in BF16, "
-        f"**{result['perplexity_int4']}** with INT4 experts (group size {result['group_size']}, "
-        f"{result['weights_bytes'] / MIB:.2f} MiB). A sample at temperature 0.6, prompted by "
+        f"Trained on {tokens:,} tokens ({training['environment']['device']}, {training['minutes']:.1f} minutes); "
+        f"{training['parameters']:,} parameters. Held-out perplexity over {result['held_out_tokens']:,} tokens: "
+        f"**{result['perplexity_bf16']:.2f}** in BF16, **{result['perplexity_hlwq']:.2f}** at {result['bits']} bits "
+        f"(+{cost:.2%}; {result['hlwq_bytes'] / MIB:.2f} MiB, what ships), **{result['perplexity_int4']:.2f}** in its "
+        f"INT4 sibling (group size {result['group_size']}, what is served). A sample at temperature 0.6, prompted by "
         f"“{result['prompt']}”:\n\n```text\n{(result['prompt'] + result['sample']).strip()}\n```\n\n"
-        f"({machine(result['environment'])}; made by `examples/tiny_moe/export.py`.)\n"
+        f"({machine(result['environment'])}; made by `examples/tiny_moe/quantize.py`.)\n"
     )
 
 
@@ -65,7 +67,32 @@ def load_memory(result: dict[str, Any]) -> str:
     )
 
 
-RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"tiny_moe": tiny_moe, "load_memory": load_memory}
+def codec(result: dict[str, Any]) -> str:
+    speed, memory = result["speed"], result["memory"]
+    rows = "".join(
+        f"| {row['what']} | {row['bits']} | {row['seconds'] * 1000:.0f} | {row['ratio']:.2f} | {row['limit'] or ''} |\n"
+        for row in speed["rows"]
+    )
+    peaks = "".join(
+        f"| `hlwq {name}` | {command['peak'] / MIB:,.0f} | {memory['limit'] / MIB:,.0f} | {command['seconds']:.0f} |\n"
+        for name, command in memory["commands"].items()
+    )
+    return (
+        f"{speed['weights'] / 1e6:.1f} million float32 weights, median of {speed['repeats']}. The unit is their bare "
+        f"block-Hadamard product in the same run, {speed['product_seconds'] * 1000:.1f} ms at its best of "
+        f"{speed['product_blocks_at_a_time']:,} blocks at a time.\n\n"
+        f"| | bits | ms | in units of the product | at most |\n|---|---|---|---|---|\n{rows}\n"
+        f"Converting a model of {memory['model_bytes'] / 2**30:.1f} GiB, with Python and its libraries:\n\n"
+        f"| | peak of anonymous memory, MiB | at most | seconds |\n|---|---|---|---|\n{peaks}\n"
+        f"({machine(result['environment'])}; made by `benchmarks/codec.py`.)\n"
+    )
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tiny_moe": tiny_moe,
+    "load_memory": load_memory,
+    "codec": codec,
+}
 
 
 def render(text: str) -> str:

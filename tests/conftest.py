@@ -14,6 +14,21 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
+import hlwq_files
+
+from vllm_hlwq.checkpoint.dequantize import open_source
+from vllm_hlwq.checkpoint.export import export_int4
+
+# Run by test_triton_interpreter.py, in a process with Triton's interpreter.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """INT4 sibling of the trained model that ships."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-moe-CT"
+    export_int4(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +44,19 @@ def qwen3_moe_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dense_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(checkpoints.dense_config(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def hlwq_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model of ``hlwq_files`` in BF16."""
+    return hlwq_files.write_base(tmp_path_factory.mktemp("hlwq") / "base", hlwq_files.weights())
+
+
+@pytest.fixture(scope="session")
+def hlwq_coded(hlwq_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as our writer codes it, in several shards."""
+    from vllm_hlwq.checkpoint.quantize import quantize
+
+    out = tmp_path_factory.mktemp("hlwq") / "coded"
+    quantize(hlwq_base, out, shard_bytes=12_000)
+    return out

@@ -19,19 +19,19 @@ def rendezvous() -> str:
     return f"file://{tempfile.mkdtemp()}/rendezvous"
 
 
-def engine_config(model: Path, cache_size: int, **engine_args: Any) -> Any:
+def engine_config(model: Path, cache_size: int, staging_size: int | None = None, **engine_args: Any) -> Any:
     """vLLM's finished configuration, as ``LLM(model, additional_config=...)`` would make it."""
     arguments = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 512, **engine_args}
-    return EngineArgs(
-        model=str(model), additional_config={"moe_expert_cache_size": cache_size}, **arguments
-    ).create_engine_config()
+    options = {"moe_expert_cache_size": cache_size, "moe_expert_staging_size": staging_size}
+    return EngineArgs(model=str(model), additional_config=options, **arguments).create_engine_config()
 
 
 def start_worker(config: Any) -> Any:
-    """Our worker with its device and process groups ready, no model loaded."""
-    from vllm_hlwq.worker import ExpertCacheWorker
+    """The configuration's worker, ours or stock, with its device and process groups ready, no model loaded."""
+    from vllm_hlwq.worker import ExpertCacheWorker, StockWorker
 
-    worker = ExpertCacheWorker(
+    cached = config.additional_config["moe_expert_cache_size"] > 0
+    worker = (ExpertCacheWorker if cached else StockWorker)(
         vllm_config=config, local_rank=0, rank=0, distributed_init_method=rendezvous(), is_driver_worker=True
     )
     with set_current_vllm_config(config):
@@ -40,7 +40,7 @@ def start_worker(config: Any) -> Any:
 
 
 class LoadedModel:
-    """A model loaded by our worker; ``run`` calls one of its mixture-of-experts layers."""
+    """A model loaded by our worker, or by stock's for cache size 0; ``run`` calls one of its expert layers."""
 
     def __init__(self, model: Path, cache_size: int, **engine_args: Any) -> None:
         self.config = engine_config(model, cache_size, **engine_args)
@@ -55,11 +55,17 @@ class LoadedModel:
         layers = self.config.compilation_config.static_forward_context.values()
         return [layer for layer in layers if hasattr(layer, "routed_experts")]
 
-    def run(self, layer: int, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """Output [T, hidden] of a layer for hidden states [T, hidden] and router logits [T, E]."""
+    def run(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        is_padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Output [T, hidden] of a layer for hidden states [T, hidden], router logits [T, E] and a padding mask [T]."""
         with (
             torch.inference_mode(),
             set_current_vllm_config(self.config),
-            set_forward_context(None, self.config, num_tokens=len(hidden_states)),
+            set_forward_context(None, self.config, num_tokens=len(hidden_states), is_padding=is_padding),
         ):
             return self.runners[layer].forward(hidden_states.clone(), router_logits)

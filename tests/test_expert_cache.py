@@ -11,8 +11,8 @@ from vllm_hlwq.expert_cache import COUNTERS, EMPTY, SlotTable
 class Oracle:
     """The rules of the planner's module docstring, written as loops."""
 
-    def __init__(self, num_experts: int, num_slots: int, staging_slots: int) -> None:
-        self.num_experts, self.num_slots, self.staging_slots = num_experts, num_slots, staging_slots
+    def __init__(self, num_experts: int, num_slots: int, staging_rows: int) -> None:
+        self.num_experts, self.num_slots, self.staging_rows = num_experts, num_slots, staging_rows
         self.held: dict[int, int] = {}
         self.stamps = [-1] * num_slots
         self.clock = 0
@@ -40,6 +40,8 @@ class Oracle:
                 loads.append((expert, min(choices)[1]))
             else:
                 staged.append(expert)
+        if streaming:
+            staged.sort()
         for expert, slot in loads:
             evictions += slot in self.held
             self.held[slot] = expert
@@ -47,7 +49,7 @@ class Oracle:
             if (slot in {s for _, s in loads}) if streaming else (expert in needed):
                 self.stamps[slot] = self.clock
         resident = sorted(expert for expert in self.held.values() if expert in needed)
-        waves = (len(resident) > 0) + -(-len(staged) // self.staging_slots)
+        waves = (len(resident) > 0) + -(-len(staged) // self.staging_rows)
         for name, amount in zip(
             COUNTERS, (1, len(needed), len(hits), len(loads), evictions, len(staged), waves), strict=True
         ):
@@ -104,6 +106,8 @@ def test_what_must_hold_after_every_step(run: tuple[tuple[int, int, int], list[t
         # The waves partition what is needed, and every resident expert has a slot.
         assert sorted(resident + staged) == sorted(needed)
         assert all(plan.slot_of_expert[expert] >= 0 for expert in resident)
+        # What the number of waves in a captured graph relies on.
+        assert len(staged) <= num_experts - num_slots
         # Table and slots are inverses of each other: slots are unique.
         held = {int(e): s for s, e in enumerate(table.expert_of_slot) if e != EMPTY}
         assert held == {e: s for e, s in enumerate(table.slot_of_expert.tolist()) if s != EMPTY}
@@ -132,7 +136,7 @@ def ids(*rows: list[int]) -> torch.Tensor:
 
 
 def test_the_least_recently_needed_expert_leaves() -> None:
-    table = SlotTable(num_experts=16, num_slots=3, staging_slots=4)
+    table = SlotTable(num_experts=16, num_slots=3, staging_rows=4)
     for expert in (5, 6, 7, 5):
         table.plan_step(ids([expert]))
     plan = table.plan_step(ids([9]))
@@ -141,7 +145,7 @@ def test_the_least_recently_needed_expert_leaves() -> None:
 
 
 def test_fewer_slots_than_top_k_keeps_the_experts_named_first() -> None:
-    table = SlotTable(num_experts=16, num_slots=2, staging_slots=4)
+    table = SlotTable(num_experts=16, num_slots=2, staging_rows=4)
     plan = table.plan_step(ids([11, 3, 8, 2]))
     assert plan.load_experts.tolist() == [11, 3]
     assert plan.staged.tolist() == [8, 2]
@@ -149,7 +153,7 @@ def test_fewer_slots_than_top_k_keeps_the_experts_named_first() -> None:
 
 
 def test_a_streaming_step_leaves_residents_and_their_order_alone() -> None:
-    table = SlotTable(num_experts=8, num_slots=2, staging_slots=3)
+    table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
     table.plan_step(ids([4]))
     table.plan_step(ids([1]))
     plan = table.plan_step(ids([0, 1, 2, 3], [4, 5, 6, 7]))
@@ -160,8 +164,23 @@ def test_a_streaming_step_leaves_residents_and_their_order_alone() -> None:
     assert table.plan_step(ids([7])).load_slots.tolist() == [0]
 
 
+def test_a_streaming_step_fills_empty_slots_by_mention_and_stages_by_number() -> None:
+    table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
+    table.plan_step(ids([4]))
+    plan = table.plan_step(ids([7, 5, 4, 2], [0, 6, 3, 1]))
+    assert plan.load_experts.tolist() == [7]
+    assert plan.staged.tolist() == [0, 1, 2, 3, 5, 6]
+
+
+def test_a_step_that_needs_half_of_the_layer_stages_by_mention() -> None:
+    table = SlotTable(num_experts=8, num_slots=1, staging_rows=3)
+    plan = table.plan_step(ids([7, 5, 2, 3]))
+    assert plan.load_experts.tolist() == [7]
+    assert plan.staged.tolist() == [5, 2, 3]
+
+
 def test_all_tokens_to_one_expert_is_one_query() -> None:
-    table = SlotTable(num_experts=8, num_slots=1, staging_slots=1)
+    table = SlotTable(num_experts=8, num_slots=1, staging_rows=1)
     plan = table.plan_step(torch.full((300, 4), 6))
     assert plan.load_experts.tolist() == [6]
     assert table.counts() == {
@@ -170,7 +189,7 @@ def test_all_tokens_to_one_expert_is_one_query() -> None:
 
 
 def test_reset_forgets_everything() -> None:
-    table = SlotTable(num_experts=8, num_slots=2, staging_slots=1)
+    table = SlotTable(num_experts=8, num_slots=2, staging_rows=1)
     table.plan_step(ids([1, 2, 3]))
     table.reset()
     assert table.expert_of_slot.tolist() == [EMPTY, EMPTY]
@@ -182,4 +201,4 @@ def test_reset_forgets_everything() -> None:
 @pytest.mark.parametrize(("slots", "staging"), [(0, 1), (9, 1), (4, 0)])
 def test_impossible_sizes_are_refused(slots: int, staging: int) -> None:
     with pytest.raises(ValueError, match="must be"):
-        SlotTable(num_experts=8, num_slots=slots, staging_slots=staging)
+        SlotTable(num_experts=8, num_slots=slots, staging_rows=staging)

@@ -1,22 +1,19 @@
-"""The reference backend on a CUDA device: page-locked records, copies into slots, and the whole engine."""
+"""The whole engine on a CUDA device: captured graphs, both model runners, every cache size."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from vllm import LLM, SamplingParams
-
-from vllm_hlwq.host_store import HostStore, RecordLayout
-from vllm_hlwq.weight_bank import WeightBank
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none"),
 ]
 
-MODEL = Path(__file__).parent.parent / "examples/tiny_moe/model"
 PROMPTS = [
     "The import statement",
     "class Queue:\n    def __init__(self",
@@ -25,41 +22,75 @@ PROMPTS = [
 ]
 
 
-def test_records_are_copied_from_page_locked_memory() -> None:
-    layout = RecordLayout({"w13_weight_packed": ((96, 32), torch.int32), "w2_weight_scale": ((64, 3), torch.bfloat16)})
-    store = HostStore(16, layout)
-    generator = torch.Generator().manual_seed(0)
-    for name in layout:
-        field = store.field(name)
-        field.copy_(torch.randint(-1000, 1000, field.shape, generator=generator))
-    store.page_lock()
-    assert store.field("w13_weight_packed").is_pinned()
-    bank = WeightBank.allocate(4, layout, torch.device("cuda"))
-    bank.load(store, torch.tensor([11, 3, 7]), torch.tensor([2, 0, 3]))
-    for name in layout:
-        for expert, row in ((11, 2), (3, 0), (7, 3)):
-            assert torch.equal(bank.fields[name][row].cpu(), store.field(name)[expert])
+class Engine:
+    """One engine's greedy continuations, its log probabilities of given ones, and its counters."""
 
-
-@pytest.mark.parametrize("v2_runner", ["0", "1"])
-def test_greedy_tokens_are_the_same_at_every_cache_size(monkeypatch: pytest.MonkeyPatch, v2_runner: str) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
-    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")  # FlashInfer need not be installed
-    outputs, counters = {}, {}
-    for cache_size in (1, 4, 16):
-        llm = LLM(
-            str(MODEL), additional_config={"moe_expert_cache_size": cache_size}, enforce_eager=True, max_model_len=512,
-            gpu_memory_utilization=0.1, attention_backend="TRITON_ATTN",
+    def __init__(self, model: Path, cache_size: int, **arguments: Any) -> None:
+        options = {"moe_expert_cache_size": cache_size}
+        self.llm = LLM(
+            str(model), additional_config=options, max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.1,
+            attention_backend="TRITON_ATTN", enable_prefix_caching=False, **arguments,
         )  # fmt: skip
-        greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-        outputs[cache_size] = [llm.generate([p], greedy, use_tqdm=False)[0].outputs[0].token_ids for p in PROMPTS]
-        layers = llm.collective_rpc("expert_cache_counters")[0].values()
-        counters[cache_size] = {name: sum(layer[name] for layer in layers) for name in ("steps", "hits", "staged")}
-        del llm
-    assert outputs[1] == outputs[4] == outputs[16]
-    assert len({token for tokens in outputs[4] for token in tokens}) > 30
-    assert counters[4]["steps"] == 3 * len(PROMPTS) * 40
-    assert counters[4]["hits"] > 0
-    assert counters[1]["staged"] > counters[4]["staged"]
-    assert set(counters[16].values()) == {0}
+
+    def greedy(self) -> list[list[int]]:
+        """Continuation of each prompt, one request at a time."""
+        sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        return [list(self.llm.generate([p], sampling, use_tqdm=False)[0].outputs[0].token_ids) for p in PROMPTS]
+
+    def together(self) -> list[list[int]]:
+        """Continuation of each prompt, four times over, all at once."""
+        sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        return [list(r.outputs[0].token_ids) for r in self.llm.generate(PROMPTS * 4, sampling, use_tqdm=False)]
+
+    def gaps(self, prompts: list[str], sequences: list[list[int]]) -> list[float]:
+        """How many nats each token of the sequences lies below the engine's first choice."""
+        tokenizer = self.llm.get_tokenizer()
+        found = []
+        for prompt, tokens in zip(prompts, sequences, strict=True):
+            ids = tokenizer.encode(prompt) + tokens
+            sampling = SamplingParams(max_tokens=1, prompt_logprobs=1)
+            entries = self.llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)[0].prompt_logprobs
+            for token, entry in zip(tokens, entries[-len(tokens) :], strict=True):
+                found.append(max(e.logprob for e in entry.values()) - entry[token].logprob)
+        return found
+
+    def counters(self) -> dict[str, int]:
+        layers = list(self.llm.collective_rpc("expert_cache_counters")[0].values())
+        return {name: sum(layer[name] for layer in layers) for name in layers[0]}
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")  # FlashInfer need not be installed
+    return monkeypatch
+
+
+@pytest.mark.parametrize("v2_runner", ["1", "0"])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_tokens_are_those_of_stock_marlin(
+    tiny_int4: Path, in_process: pytest.MonkeyPatch, v2_runner: str, enforce_eager: bool
+) -> None:
+    in_process.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
+    stock = Engine(tiny_int4, 0, moe_backend="marlin", enforce_eager=enforce_eager)
+    wanted = stock.greedy()
+    assert len({token for tokens in wanted for token in tokens}) > 30
+    for cache_size in (4, 1, 15, 16):
+        engine = Engine(tiny_int4, cache_size, enforce_eager=enforce_eager)
+        before = engine.counters()
+        assert not any(before.values()), "warm-up left a trace"
+        alone, together = engine.greedy(), engine.together()
+        counters = engine.counters()
+        for prompts, sequences in ((PROMPTS, alone), (PROMPTS * 4, together)):
+            gaps = stock.gaps(prompts, sequences)
+            assert max(gaps) < 0.1
+            assert sum(gap == 0 for gap in gaps) >= 0.97 * len(gaps)
+        if cache_size == 16:
+            assert alone == wanted
+            assert not any(counters.values())
+        else:
+            # 3 layers; one prefill and 39 decodes a prompt alone, and as many again at most together.
+            assert 3 * 4 * 40 < counters["steps"] <= 3 * 4 * 40 + 3 * (4 + 40)
+            assert counters["queries"] == counters["hits"] + counters["admitted"] + counters["staged"]
+            assert counters["hits"] > 0
+        del engine

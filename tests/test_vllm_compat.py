@@ -73,6 +73,8 @@ def members(wheel: zipfile.ZipFile, entry: Borrowed) -> set[str]:
             found.add(inner.name)
         elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
             found.add(inner.target.id)
+        elif isinstance(inner, ast.Assign):
+            found.update(target.id for target in inner.targets if isinstance(target, ast.Name))
     for base in statement.bases:
         if isinstance(base, ast.Name) and base.id in scope:
             found |= members(wheel, Borrowed(entry.module, base.id, entry.reason))

@@ -6,9 +6,7 @@ The safetensors library notices a damaged header or a short file but names neith
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -54,33 +52,27 @@ def check_file(path: Path) -> None:
 
 
 def _diagnosis(path: Path) -> str:
-    size = path.stat().st_size
-    header = _read_header(path, size)
-    if header is None:
+    try:
+        size = path.stat().st_size
+        ends = _ends(path, size)
+    except OSError:
+        return "cannot be read"
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        ends = None
+    if ends is None:
         return f"not a safetensors file, or its header is damaged; file size {size} bytes"
-    start, tensors = header
-    entries = sorted((entry["data_offsets"][1], name) for name, entry in tensors.items() if name != "__metadata__")
-    for end, name in entries:
-        if start + end > size:
-            return f"truncated: tensor {name} ends at byte {start + end}, the file at byte {size}"
+    cut = next(((end, name) for end, name in ends if end > size), None)
+    if cut is not None:
+        return f"truncated: tensor {cut[1]} ends at byte {cut[0]}, the file at byte {size}"
     return f"header and data disagree; file size {size} bytes"
 
 
-def _read_header(path: Path, size: int) -> tuple[int, dict[str, Any]] | None:
-    """Offset of the data and the header's entries; None if the header cannot be read."""
+def _ends(path: Path, size: int) -> list[tuple[int, str]] | None:
+    """Where each tensor ends in the file, in order; None, or any error of parsing, if the header is damaged."""
     with path.open("rb") as file:
         prefix = file.read(8)
-        if len(prefix) < 8:
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or 8 + length > size:
             return None
-        (length,) = struct.unpack("<Q", prefix)
-        if 8 + length > size:
-            return None
-        try:
-            tensors = json.loads(file.read(length))
-            return (
-                (8 + length, tensors)
-                if all("data_offsets" in t for n, t in tensors.items() if n != "__metadata__")
-                else None
-            )
-        except (ValueError, TypeError, AttributeError):
-            return None
+        tensors = json.loads(file.read(length))
+    return sorted((8 + length + int(t["data_offsets"][1]), n) for n, t in tensors.items() if n != "__metadata__")

@@ -69,10 +69,6 @@ def _refusals(vllm_config: Any) -> list[str]:
     platform = borrow("current_platform")
     if not platform.is_cpu() and not platform.is_cuda():
         found.append(f"the expert cache runs on CPU and CUDA, not on {platform.device_name}: use another machine")
-    if platform.is_cuda() and not model.enforce_eager:
-        found.append(
-            "the reference backend reads expert ids on the host, which a CUDA graph cannot hold: add --enforce-eager"
-        )
     if parallel.worker_cls not in (*STOCK_WORKERS, "vllm_hlwq.worker.ExpertCacheWorker"):
         found.append(f"--worker-cls {parallel.worker_cls} replaces the worker that the expert cache extends: remove it")
     return found

@@ -1,6 +1,7 @@
 """The ``hlwq`` command: checkpoints to HLWQ, to INT4, back to 16 bit, and what is in them.
 
 An error is one line on standard error and exit code 1; results go to standard output, progress to standard error.
+Commands import what they use: torch and compressed-tensors take five seconds, which ``--help`` should not.
 """
 
 from __future__ import annotations
@@ -10,22 +11,19 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.conversion import gigabytes
-from .checkpoint.export import GroupSize, export_int4
-from .checkpoint.inspect import by_layer, inspect
-from .checkpoint.quantize import dequantize, open_source, quantize
-from .checkpoint.reader import HlwqSource
-from .checkpoint.verify import verify
-from .codec import CodebookName
 from .errors import CheckpointError
-from .marlin_moe import SUPPORTED_GROUP_SIZES
+from .marlin_shapes import SUPPORTED_GROUP_SIZES
+
+if TYPE_CHECKING:
+    import torch
+
+    from .codec import CodebookName
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,22 +68,30 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except CheckpointError as error:
             typer.echo(f"hlwq: {error}", err=True)
             raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            typer.echo(f"hlwq: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("hlwq: interrupted; the same command goes on where this one stopped", err=True)
+            resume = "; the same command goes on where this one stopped" if "out" in kwargs else ""
+            typer.echo(f"hlwq: interrupted{resume}", err=True)
             raise typer.Exit(130) from None
 
     return wrapped
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError:
         raise CheckpointError(f"--device {name}: no such device; use cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise CheckpointError(f"--device {name}: not supported; use cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"--device {name}: PyTorch sees no CUDA device; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
 
 
@@ -104,10 +110,17 @@ def quantize_command(
         Fit,
         typer.Option(help="What a block stores: norm; gain, its least-squares factor; search, the best of several."),
     ] = Fit.search,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of parameters that stay in 16 bit, like '*embed_tokens*'; may be repeated."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Code a 16-bit model: BF16 safetensors to an HLWQ checkpoint."""
-    done = quantize(source, out, bits, codebook.value, fit.value, _device(device))
+    from .checkpoint.conversion import gigabytes
+    from .checkpoint.quantize import quantize
+
+    done = quantize(source, out, bits, codebook.value, fit.value, _device(device), keep=keep or ())
     typer.echo(
         f"{out}: {len(done.coded)} parameters coded at {bits} bits, {len(done.kept)} kept; "
         f"{gigabytes(done.original_bytes)} to {gigabytes(done.bytes)}, "
@@ -135,6 +148,9 @@ def export_command(
     device: Device = "cpu",
 ) -> None:
     """Make the INT4 sibling that vLLM serves, from an HLWQ or a 16-bit model."""
+    from .checkpoint.dequantize import open_source
+    from .checkpoint.export import GroupSize, export_int4
+
     if group_size is not None and group_size not in SUPPORTED_GROUP_SIZES:
         sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size)
         raise CheckpointError(f"--group-size {group_size}: Marlin takes {sizes}; choose one of them")
@@ -144,7 +160,8 @@ def export_command(
     plan = export_int4(opened, out, wanted, search=scales is Scales.search, linears=linears, device=where)
     count = sum(len(matrices) for matrices in plan.matrices.values())
     typer.echo(f"{out}: {count} matrices in INT4, group size {plan.group_size}; read back and verified")
-    typer.echo(f"Serve it: vllm serve {out} --moe-expert-cache-size 4")
+    # The expert cache refuses the models whose experts have biases.
+    typer.echo(f"Serve it: vllm serve {out}{'' if plan.biases else ' --moe-expert-cache-size 4'}")
 
 
 @app.command("dequantize")
@@ -152,17 +169,22 @@ def export_command(
 def dequantize_command(
     source: Source, out: Out, base_model: BaseModel = None, codebook: CodebookOption = None, device: Device = "cpu"
 ) -> None:
-    """Write the BF16 model that an HLWQ checkpoint stands for."""
+    """Write the 16-bit model that an HLWQ or INT4 checkpoint stands for."""
+    from .checkpoint.conversion import listed
+    from .checkpoint.dequantize import dequantize, open_source
+    from .checkpoint.reader import HlwqSource
+
     opened = open_source(source, base_model, _name(codebook), _device(device))
-    if not isinstance(opened, HlwqSource):
-        raise CheckpointError(f"{source}: holds no HLWQ-coded tensor; give a checkpoint made by `hlwq quantize`")
     missing = dequantize(opened, out)
-    typer.echo(f"{out}: {len(opened.matrices)} parameters decoded (codebook {opened.table_origin}); verified")
+    decoded = (
+        f"{len(opened.matrices)} parameters decoded (codebook {opened.table_origin})"
+        if isinstance(opened, HlwqSource)
+        else f"{len(opened.parameters)} parameters, decoded from INT4"
+    )
+    typer.echo(f"{out}: {decoded}; read back and verified")
     if missing:
         typer.echo(
-            f"hlwq: {out} is partial: {missing[0]} and {len(missing) - 1} more are not in {source}; "
-            "give --base-model for a whole model",
-            err=True,
+            f"hlwq: {out} is partial: {listed(missing)} not in {source}; give --base-model for a whole model", err=True
         )
 
 
@@ -175,6 +197,9 @@ def inspect_command(
     codebook: CodebookOption = None,
 ) -> None:
     """Say what is in a checkpoint, layer by layer."""
+    from .checkpoint.conversion import gigabytes
+    from .checkpoint.inspect import by_layer, inspect
+
     found = inspect(path, base_model, _name(codebook))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -186,12 +211,12 @@ def inspect_command(
         count = f"{row['count']} x " if row["count"] > 1 else ""
         shape = " x ".join(map(str, row["shape"])) or "scalar"
         table.add_row(row["name"], count + shape, row["stored"], gigabytes(row["bytes"]))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for key in ("bits", "block_size", "codebook", "group_size"):
         if key in found:
             console.print(f"{key.replace('_', ' ')}: {found[key]}", highlight=False)
-    ratio = found["bytes_in_16_bit"] / found["bytes"]
+    ratio = found["bytes_in_16_bit"] / max(found["bytes"], 1)
     sizes = f"{gigabytes(found['bytes'])}, {gigabytes(found['bytes_in_16_bit'])} in 16 bit, ratio {ratio:.2f}"
     console.print(f"size: {sizes}", highlight=False)
     if found.get("missing"):
@@ -208,6 +233,9 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a checkpoint's files, sums, shapes and completeness, and its error against the original."""
+    from .checkpoint.conversion import gigabytes
+    from .checkpoint.verify import verify
+
     report = verify(path, reference, base_model, _name(codebook))
     if as_json:
         typer.echo(json.dumps(report.json(), indent=2))

@@ -1,14 +1,16 @@
 """The slot table of one layer and the planner that decides, step by step, which expert sits in which slot.
 
-Policy only: nothing here copies a weight. ``plan_step`` is the CPU mirror of the device planner: whole-tensor
-integer arithmetic without a data-dependent loop, so that a kernel can reproduce it bit for bit.
+Policy only: nothing here copies a weight. ``plan_step`` is the CPU mirror of the device planner in ``plan_kernel.py``:
+whole-tensor integer arithmetic without a data-dependent loop, which the kernel reproduces bit for bit.
 
 A step needs the distinct experts named in its ``topk_ids``. Those in a slot are hits. The others are misses, and each
 miss is either *admitted* (copied into a slot, evicting the least recently used expert that this step does not need) or
 *staged* (computed in the staging bank and forgotten). No needed expert is ever left out.
 
 A step is *streaming* when its experts exceed the slots and are most of the layer, as in the prefill of a long prompt.
-It admits into empty slots only and refreshes no stamp, so that a prompt does not flush what decoding needs.
+It admits into empty slots only and refreshes no stamp, so that a prompt does not flush what decoding needs. Its staged
+experts come in ascending order: if the step needs all that are not resident, as long prompts do, the place of each is
+known before the step.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class StepPlan:
         load_slots: int64 [L], the slot of each of them.
         slot_of_expert: int32 [E], the slot table after the loads, ``EMPTY`` where an expert has none.
         resident: int64 [R], needed experts that are computed in the slot bank, ascending.
-        staged: int64 [S], needed experts that are computed in the staging bank, in order of first use.
+        staged: int64 [S], needed experts that are computed in the staging bank, in order of first use;
+            ascending in a streaming step.
     """
 
     load_experts: torch.Tensor
@@ -43,10 +46,10 @@ class StepPlan:
     staged: torch.Tensor
 
 
-class SlotTable:
+class SlotState:
     """Which expert sits in which of a layer's slots, when it was last needed, and what has been counted.
 
-    Tensors live on the CPU and keep their addresses for life.
+    Tensors keep their addresses for life.
 
     Attributes:
         slot_of_expert: int32 [E], slot or ``EMPTY``.
@@ -56,26 +59,30 @@ class SlotTable:
         counters: int64 [len(COUNTERS)].
     """
 
-    def __init__(self, num_experts: int, num_slots: int, staging_slots: int) -> None:
+    def __init__(self, num_experts: int, num_slots: int, staging_rows: int, device: torch.device | str = "cpu") -> None:
         """Make an empty table.
 
         Args:
             num_experts: experts of the layer on this rank, E.
             num_slots: slots of the layer, N, 1 to E.
-            staging_slots: experts that one staged wave holds; 1 or more unless N equals E.
+            staging_rows: experts that one staged wave holds; 1 or more unless N equals E.
+            device: where the tensors lie.
+
+        Raises:
+            ValueError: a size is out of its range.
         """
         if not 1 <= num_slots <= num_experts:
             raise ValueError(f"num_slots={num_slots} must be 1 to num_experts={num_experts}")
-        if num_slots < num_experts and staging_slots < 1:
-            raise ValueError(f"staging_slots={staging_slots} must be 1 or more when num_slots < num_experts")
+        if num_slots < num_experts and staging_rows < 1:
+            raise ValueError(f"staging_rows={staging_rows} must be 1 or more when num_slots < num_experts")
         self.num_experts = num_experts
         self.num_slots = num_slots
-        self.staging_slots = staging_slots
-        self.slot_of_expert = torch.empty(num_experts, dtype=torch.int32)
-        self.expert_of_slot = torch.empty(num_slots, dtype=torch.int32)
-        self.stamp_of_slot = torch.empty(num_slots, dtype=torch.int64)
-        self.clock = torch.empty((), dtype=torch.int64)
-        self.counters = torch.empty(len(COUNTERS), dtype=torch.int64)
+        self.staging_rows = staging_rows
+        self.slot_of_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
+        self.expert_of_slot = torch.empty(num_slots, dtype=torch.int32, device=device)
+        self.stamp_of_slot = torch.empty(num_slots, dtype=torch.int64, device=device)
+        self.clock = torch.empty((), dtype=torch.int64, device=device)
+        self.counters = torch.empty(len(COUNTERS), dtype=torch.int64, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -87,8 +94,12 @@ class SlotTable:
         self.counters.zero_()
 
     def counts(self) -> dict[str, int]:
-        """The counters by name."""
+        """The counters by name; waits for the device."""
         return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
+
+
+class SlotTable(SlotState):
+    """The state of a layer's slots on the CPU, and the planner that moves it from step to step."""
 
     def plan_step(self, expert_ids: torch.Tensor) -> StepPlan:
         """Decide one step and update the table as if its loads were done.
@@ -115,6 +126,8 @@ class SlotTable:
 
         admitted = min(len(missing), len(victims))
         load_experts, load_slots, staged = missing[:admitted], victims[:admitted], missing[admitted:]
+        if streaming:
+            staged = staged.sort().values
         evicted = self.expert_of_slot[load_slots]
         evicted = evicted[evicted >= 0].long()
         self.slot_of_expert[evicted] = EMPTY
@@ -127,7 +140,7 @@ class SlotTable:
         refreshed = load_slots if streaming else self.slot_of_expert[resident].long()
         self.stamp_of_slot[refreshed] = self.clock
 
-        waves = int(len(resident) > 0) + -(-len(staged) // max(1, self.staging_slots))
+        waves = int(len(resident) > 0) + -(-len(staged) // max(1, self.staging_rows))
         step = (int(num_needed > 0), num_needed, int(hit.sum()), admitted, len(evicted), len(staged), waves)
         self.counters += torch.tensor(step, dtype=torch.int64)
         return StepPlan(load_experts, load_slots, self.slot_of_expert.clone(), resident, staged)

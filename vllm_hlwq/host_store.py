@@ -1,24 +1,21 @@
 """Expert weights in host memory: one region a layer, one contiguous record an expert.
 
 A record holds all of an expert's weight fields one after the other, each 16-byte aligned, in the layout that the
-compute backend reads, so that loading an expert is a plain copy. The region is an anonymous mapping of exactly the
-bytes needed: torch's pinned allocator would round it up to a power of two. The loader writes checkpoint tensors
-straight into the records, so that the experts exist in host memory once.
+compute backend reads, so that loading an expert is a plain copy. The loader writes checkpoint tensors straight into
+the records, so that the experts exist in host memory once. ``pinned_memory`` maps and page-locks the region.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import resource
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from .cudart import CudaError, CudaRuntime, PageLocker
 from .errors import ExpertCacheError
+from .pinned_memory import HostRegion, device_numa_node, logger
 
 FIELD_ALIGNMENT = 16
 """Bytes. The widest load of a GPU thread; also divides evenly by every dtype's size."""
@@ -74,8 +71,13 @@ class HostStore:
     The memory is zero until written, and returned to the system when the last tensor over it is gone.
     """
 
-    def __init__(self, num_experts: int, layout: RecordLayout) -> None:
+    def __init__(self, num_experts: int, layout: RecordLayout, device: torch.device | None = None) -> None:
         """Map ``num_experts * layout.record_bytes`` bytes.
+
+        Args:
+            num_experts: records.
+            layout: what a record holds.
+            device: the device that will read the store; of a CUDA device the nearest host memory is preferred.
 
         Raises:
             ExpertCacheError: the system refuses the mapping.
@@ -83,14 +85,20 @@ class HostStore:
         self.num_experts = num_experts
         self.layout = layout
         self.nbytes = num_experts * layout.record_bytes
+        self.device_address: int | None = None
         try:
-            region = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._region = HostRegion(self.nbytes, None if device is None else nearest_numa_node(device))
         except (OSError, ValueError) as error:
             raise ExpertCacheError(
                 f"host memory for {num_experts} experts ({self.nbytes} bytes) could not be mapped: {error}; "
                 "free memory or serve a smaller model"
             ) from None
-        self._bytes = torch.frombuffer(region, dtype=torch.uint8).view(num_experts, layout.record_bytes)
+        self._bytes = torch.frombuffer(self._region.buffer, dtype=torch.uint8).view(num_experts, layout.record_bytes)
+
+    @property
+    def address(self) -> int:
+        """Address of the first record on the host."""
+        return self._region.address
 
     def field(self, name: str) -> torch.Tensor:
         """View of one field of all experts, ``[num_experts, *shape]``; the expert dimension is strided."""
@@ -98,21 +106,28 @@ class HostStore:
         part = self._bytes[:, field.offset : field.offset + field.nbytes].view(field.dtype)
         return part.view(self.num_experts, *field.shape)
 
-    def page_lock(self) -> None:
-        """Register the region with CUDA, so that copies from it run asynchronously at full link speed.
+    def page_lock(self, runtime: PageLocker | None = None) -> None:
+        """Register the region with CUDA until the store is gone or the process exits.
+
+        Copies from it then run asynchronously at full link speed, and kernels read it at ``device_address``, which
+        stays as it is for the store's life.
+
+        Args:
+            runtime: by default the CUDA runtime of this process.
 
         Raises:
             ExpertCacheError: the driver refuses, mostly because of a limit on locked memory.
         """
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        address = self._bytes.data_ptr()
-        portable_and_mapped = 0x1 | 0x2
-        status = int(cudart.cudaHostRegister(address, self.nbytes, portable_and_mapped))
-        if status != 0:
-            soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-            limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
-            raise ExpertCacheError(
-                f"page-locking {self.nbytes} bytes of expert weights was refused (CUDA error {status}; "
-                f"ulimit -l is {limit}); raise the locked-memory limit or free host memory"
-            )
-        weakref.finalize(self, cudart.cudaHostUnregister, address)
+        self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
+
+
+def nearest_numa_node(device: torch.device) -> int | None:
+    """NUMA node that a CUDA device is attached to; None for other devices and where it cannot be told."""
+    if device.type != "cuda":
+        return None
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return device_numa_node(CudaRuntime().pci_id(index))
+    except CudaError as error:
+        logger.debug("Expert cache: NUMA node of %s is not known: %s", device, error)
+        return None

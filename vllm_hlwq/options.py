@@ -29,6 +29,14 @@ class ExpertCacheOptions(BaseModel):
         "the rest wait in host memory. 1 to the number of experts; 0 turns the expert cache off.",
     )
 
+    staging_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Experts without a slot that are computed together, in a bank that all layers share. By default on "
+        "CUDA all that can be without one, as far as a sixteenth of the GPU's memory goes; on the reference backend "
+        "twice the experts of a token.",
+    )
+
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ExpertCacheOptions:
         """Read the options out of vLLM's ``additional_config``; other keys there belong to others and are left alone.
@@ -66,4 +74,5 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = ", ".join(config_key(option) for option in ExpertCacheOptions.model_fields)
         return f"{name} is no option of the expert cache; known options: {known}"
-    return f"{name}={value!r}: must be a whole number of experts per layer, 0 (off) or more"
+    least = "0 (off)" if field == "cache_size" else "1"
+    return f"{name}={value!r}: must be a whole number of experts, {least} or more"

@@ -1,12 +1,14 @@
 """vLLM's entry point: adds the expert-cache flags to the command line and checks the finished configuration.
 
 ``register`` runs in every vLLM process and may run more than once. It touches nothing but ``EngineArgs``: the layer
-is put in place by our worker, which is only chosen when the cache is on, so that off is stock vLLM.
+is put in place by our worker, which is only chosen when the cache is on, so that off is stock vLLM. Who names our
+benchmark routing in vLLM's own variable for simulated routing gets that registered too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from .errors import ExpertCacheError
@@ -14,11 +16,16 @@ from .options import ExpertCacheOptions, config_key, flag
 from .vllm_compat import borrow
 
 WORKER = "vllm_hlwq.worker.ExpertCacheWorker"
+ROUTING_VARIABLE = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 _FROM_COMMAND_LINE = "_expert_cache_from_command_line"
 
 
 def register() -> None:
     """Extend vLLM's engine arguments, once."""
+    if os.environ.get(ROUTING_VARIABLE) == "measured_locality":
+        from .bench.routing import register_strategy
+
+        register_strategy()
     engine_args = borrow("EngineArgs")
     if getattr(engine_args, "_expert_cache_flags", False):
         return

@@ -144,6 +144,48 @@ BORROWED: dict[str, Borrowed] = {
         "TopKWeightAndReduceNoOP",
         "says that our experts have already weighted and summed over top-k",
     ),
+    "_fused_marlin_moe": Borrowed(
+        f"{_FUSED_MOE}.experts.marlin_moe",
+        "_fused_marlin_moe",
+        "the Marlin kernels and the activation between them, over blocks that are already aligned",
+    ),
+    "moe_align_block_size": Borrowed(
+        f"{_FUSED_MOE}.moe_align_block_size", "moe_align_block_size", "sorts a step's rows into blocks of one expert"
+    ),
+    "moe_sum": Borrowed(
+        "vllm._custom_ops", "moe_sum", "sums weighted rows over top-k, passing over rows without expert"
+    ),
+    "convert_to_wna16_moe_kernel_format": Borrowed(
+        f"{_FUSED_MOE}.oracle.int_wna16",
+        "convert_to_wna16_moe_kernel_format",
+        "repacks INT4 experts into Marlin's layout, as a function of a chunk of experts",
+    ),
+    "WNA16MoEBackend": Borrowed(
+        f"{_FUSED_MOE}.oracle.int_wna16", "WNA16MoEBackend", "vLLM's name of the Marlin backend", ("MARLIN",)
+    ),
+    "marlin_moe_padded_intermediate": Borrowed(
+        "vllm.model_executor.layers.quantization.utils.marlin_utils",
+        "marlin_moe_padded_intermediate",
+        "expert width after padding to Marlin's tile",
+    ),
+    "get_marlin_input_dtype": Borrowed(
+        "vllm.model_executor.layers.quantization.utils.marlin_utils",
+        "get_marlin_input_dtype",
+        "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
+    ),
+    "scalar_types": Borrowed("vllm.scalar_type", "scalar_types", "vLLM's names of 4-bit weights", ("uint4", "uint4b8")),
+    "RoutingStrategy": Borrowed(
+        f"{_FUSED_MOE}.router.routing_simulator_router",
+        "RoutingStrategy",
+        "base of the benchmarks' routing with measured locality",
+        ("route_tokens",),
+    ),
+    "RoutingSimulator": Borrowed(
+        f"{_FUSED_MOE}.router.routing_simulator_router",
+        "RoutingSimulator",
+        "vLLM's own place for routing that a benchmark prescribes",
+        ("register_strategy",),
+    ),
 }
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
-from .moe_offload import LayerExpertCache, OffloadedRoutedExperts, cached_layers
+from .host_expert_cache import HostExpertCache
+from .moe_offload import OffloadedRoutedExperts, cached_layers
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -64,6 +66,10 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         """Counters of each layer by layer name; reachable through vLLM's ``collective_rpc``."""
         return {name: cache.counts() for name, cache in self._caches().items()}
 
+    def expert_cache_sizes(self) -> dict[str, int | str]:
+        """What the caches hold, in numbers; reachable through vLLM's ``collective_rpc``."""
+        return sizes(list(self._caches().values()))
+
     def shutdown(self) -> None:
         try:
             self._log_counters()
@@ -80,22 +86,36 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 total,
             )
 
-    def _caches(self) -> dict[str, LayerExpertCache]:
+    def _caches(self) -> dict[str, HostExpertCache | DeviceExpertCache]:
         layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
         return {layer.layer_name: layer.expert_cache for layer in layers if layer.expert_cache is not None}
 
 
-def describe(caches: list[LayerExpertCache]) -> str:
-    """One line for the log: layers, slots, bytes a slot, device and host bytes, backend."""
+def sizes(caches: list[HostExpertCache | DeviceExpertCache]) -> dict[str, int | str]:
+    """What an engine's caches hold: layers, experts and slots of each, and the bytes of its stores and banks.
+
+    ``host_bytes`` is 0 when all experts are resident; ``slot_bytes`` are then all experts.
+    """
     first = caches[0]
-    banks = sum(cache.slot_bank.nbytes for cache in caches)
     staging = {id(cache.staging_bank): cache.staging_bank for cache in caches if cache.staging_bank is not None}
-    staged = sum(bank.nbytes for bank in staging.values())
-    host = sum(cache.store.nbytes for cache in caches if cache.store is not None)
-    size = f"{first.num_slots} of {first.num_experts} experts resident" + (
-        "" if first.table is not None else " (all: nothing is planned or copied)"
+    return {
+        "layers": len(caches),
+        "experts": first.num_experts,
+        "slots": first.num_slots,
+        "record_bytes": first.record_bytes,
+        "slot_bytes": sum(cache.slot_bank.nbytes for cache in caches),
+        "staging_bytes": sum(bank.nbytes for bank in staging.values()),
+        "host_bytes": sum(cache.store.nbytes for cache in caches if cache.store is not None),
+        "backend": first.backend.name,
+    }
+
+
+def describe(caches: list[HostExpertCache | DeviceExpertCache]) -> str:
+    """One line for the log: layers, slots, bytes a slot, device and host bytes, backend."""
+    line = (
+        "Expert cache: %(layers)d layers, %(slots)d of %(experts)d experts resident{note}, %(record_bytes)d bytes a "
+        "slot, %(slot_bytes)d bytes of slots, %(staging_bytes)d bytes of staging, %(host_bytes)d bytes of experts in "
+        "host memory, %(backend)s backend"
     )
-    return (
-        f"Expert cache: {len(caches)} layers, {size}, {first.record_bytes} bytes a slot, {banks} bytes of slots, "
-        f"{staged} bytes of staging, {host} bytes of experts in host memory, {first.backend.name} backend"
-    )
+    note = "" if caches[0].table is not None else " (all: nothing is planned or copied)"
+    return line.format(note=note) % sizes(caches)

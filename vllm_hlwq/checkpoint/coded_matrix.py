@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -15,12 +15,21 @@ from ..checkpoint_files import REMEDY
 from ..codec import blocks_of, pack, packed_size, unpack
 from ..codec.packing import unpack_half_block_nibbles
 from ..errors import CheckpointError
-from .architecture import parameter_shapes
-from .names import CodedKeys, canonical
+from .expected import ExpectedModel
+from .names import PARTS, CodedKeys
 from .tensor_folder import TensorFolder
 
 DEFAULT_BLOCK_SIZE = 128
+DEFAULT_BITS = 5
+MIN_BLOCK_SIZE = 8
+"""So that a row's codes fill whole bytes at any width."""
 MAX_BLOCK_SIZE = 4096
+
+
+def bits_of(table: torch.Tensor) -> int | None:
+    """Bits of a table's codes; None if its length is no power of two from 4 to 256."""
+    bits = len(table).bit_length() - 1
+    return bits if 2 <= bits <= 8 and len(table) == 1 << bits else None
 
 
 @dataclass
@@ -28,6 +37,7 @@ class StoredMatrix:
     """Where a coded matrix is and what it stands for; ``form`` is ``msb``, ``codes``, ``nibbles`` or ``lsb``."""
 
     label: str
+    file: Path
     keys: list[str]
     codes_key: str
     norms_key: str
@@ -38,6 +48,7 @@ class StoredMatrix:
     in_features: int
     bits: int
     table: torch.Tensor | None = field(default=None, repr=False)
+    table_key: str | None = None
 
     @property
     def row_codes(self) -> int:
@@ -69,7 +80,7 @@ class StoredMatrix:
         codes = self.codes(folder, start, stop)
         if codes.numel() and int(codes.max()) >= 2**self.bits:
             raise CheckpointError(
-                f"{self.label}: code {int(codes.max())} is beyond its {2**self.bits} levels; {REMEDY}"
+                f"{self.file}: {self.codes_key} holds code {int(codes.max())}, beyond {2**self.bits} levels; {REMEDY}"
             )
         return pack(codes, self.bits)
 
@@ -85,102 +96,132 @@ class StoredMatrix:
         return counts
 
 
-def _fail(folder: TensorFolder, label: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"{folder.path}: {label}: {problem}; {REMEDY}")
-
-
-def _columns(folder: TensorFolder, label: str, stated: int | None, known: int | None, blocks: int, size: int) -> int:
-    columns = stated if stated is not None else known
-    if columns is None:
-        shapes = {canonical(name): shape for name, shape in parameter_shapes(folder.config()).items()}
-        columns = shapes.get(canonical(label), (None,))[-1]
-    if columns is None:
-        raise CheckpointError(
-            f"{folder.path}: {label}: its width before padding to {blocks * size} is not stored; "
-            "give --base-model, whose shapes tell it"
-        )
-    if known is not None and columns != known:
-        raise CheckpointError(
-            f"{folder.path}: {label} has {columns} columns, the base model {known}; give the base model that was coded"
-        )
-    if columns < 1 or blocks_of(columns, size) != blocks:
-        raise _fail(folder, label, f"{columns} columns do not make {blocks} blocks of {size}")
-    return columns
-
-
-def packed_matrix(
-    folder: TensorFolder, keys: CodedKeys, settings: dict[str, Any], known_columns: int | None
-) -> StoredMatrix:
-    """A matrix stored as ``__packed``, ``__norms`` and ``__meta``.
+class MatrixReader:
+    """Finds out what stored tensors stand for.
 
     Args:
-        folder: where it is stored.
-        keys: its keys.
-        settings: of the checkpoint's JSON files, for what it does not say itself.
-        known_columns: columns of the parameter in the base model, if there is one.
-
-    Raises:
-        CheckpointError: the three tensors contradict one another or ``known_columns``.
+        folder: where they are.
+        bits: code width that the checkpoint states, if it does.
+        block_size: block size that it states, if it does.
+        expected: the model's shapes.
     """
-    del settings  # this form says everything itself
-    label = keys.base
-    packed, norms = folder.tensors[keys.parts["packed"]], folder.tensors[keys.parts["norms"]]
-    meta_info = folder.tensors[keys.parts["meta"]]
-    if meta_info.dtype != torch.int64 or meta_info.shape not in ((4,), (5,)):
-        raise _fail(folder, f"{label}__meta", f"is {list(meta_info.shape)} of {meta_info.dtype}, not 4 or 5 of int64")
-    meta = folder.tensor(keys.parts["meta"]).tolist()
-    rows, blocks, size, total = meta[:4]
-    if min(meta) < 1 or size > MAX_BLOCK_SIZE or size & (size - 1) or rows * blocks * size != total:
-        raise _fail(folder, f"{label}__meta", f"{meta} is not [rows, blocks, block size, their product, columns]")
-    if packed.dtype != torch.uint8 or len(packed.shape) != 1 or packed.shape[0] * 8 % total:
-        raise _fail(folder, f"{label}__packed", f"{list(packed.shape)} of {packed.dtype} are no {total} codes in bytes")
-    bits = packed.shape[0] * 8 // total
-    if not 2 <= bits <= 8:
-        raise _fail(folder, f"{label}__packed", f"{packed.shape[0]} bytes for {total} codes are {bits} bits a code")
-    if norms.dtype != torch.float16 or math.prod(norms.shape) != rows * blocks or norms.shape[0] != rows:
-        raise _fail(
-            folder, f"{label}__norms", f"{list(norms.shape)} of {norms.dtype}, not [{rows}, {blocks}] of float16"
-        )
-    columns = _columns(folder, label, meta[4] if len(meta) == 5 else None, known_columns, blocks, size)
-    stored = [keys.parts[part] for part in ("packed", "norms", "meta")]
-    return StoredMatrix(label, stored, stored[0], stored[1], "msb", rows, blocks, size, columns, bits)
 
+    def __init__(self, folder: TensorFolder, bits: int | None, block_size: int | None, expected: ExpectedModel) -> None:
+        self._folder = folder
+        self._bits = bits
+        self._block_size = block_size
+        self._expected = expected
 
-def legacy_matrix(
-    folder: TensorFolder, keys: CodedKeys, settings: dict[str, Any], known_columns: int | None
-) -> StoredMatrix:
-    """A matrix stored as ``.codes``, ``.norms`` and ``.ct`` or ``.ct_scaled``; arguments and errors as above."""
-    label = keys.base
-    codes, norms = folder.tensors[keys.parts["codes"]], folder.tensors[keys.parts["norms"]]
-    table_key = keys.parts.get("ct_scaled") or keys.parts["ct"]
-    table = folder.tensor(table_key).float().view(-1).clone()
-    bits = len(table).bit_length() - 1
-    if len(table) != 1 << bits or not 2 <= bits <= 8:
-        raise _fail(folder, table_key, f"{len(table)} levels are no power of two from 4 to 256")
-    size = settings.get("block_size", DEFAULT_BLOCK_SIZE)
-    if not isinstance(size, int) or not 1 < size <= MAX_BLOCK_SIZE or size & (size - 1):
-        raise _fail(folder, label, f"block size {size!r} is no power of two up to {MAX_BLOCK_SIZE}")
-    if len(codes.shape) != 2 or norms.dtype != torch.float16 or 0 in codes.shape:
-        raise _fail(folder, label, f"codes {list(codes.shape)} are no matrix, or norms {norms.dtype} are not float16")
-    rows, width = codes.shape
-    if math.prod(norms.shape) % rows or not math.prod(norms.shape):
-        raise _fail(folder, f"{label}.norms", f"{list(norms.shape)} is not a number of blocks for each of {rows} rows")
-    blocks = math.prod(norms.shape) // rows
-    padded = blocks * size
-    forms = {(torch.int8, padded): "codes", (torch.uint8, padded): "codes"}
-    if bits <= 4:
-        forms[torch.uint8, padded // 2] = "nibbles"
-    if bits == 5:
-        forms[torch.uint8, padded * 5 // 8] = "lsb"
-    form = forms.get((codes.dtype, width))
-    if form is None:
-        raise _fail(
-            folder, f"{label}.codes", f"{width} bytes of {codes.dtype} a row hold no {padded} codes of {bits} bits"
-        )
-    columns = _columns(folder, label, None, known_columns, blocks, size)
-    if "ct_scaled" in keys.parts:
-        table = table * math.sqrt(size)
-    stored = [keys.parts[part] for part in keys.parts]
-    return StoredMatrix(
-        label, stored, keys.parts["codes"], keys.parts["norms"], form, rows, blocks, size, columns, bits, table
-    )
+    def read(self, name: str, keys: CodedKeys, columns: int | None) -> StoredMatrix:
+        """One matrix of a parameter.
+
+        Args:
+            name: canonical name of the parameter.
+            keys: the matrix's own keys.
+            columns: of the parameter in the base model or our own list, if one of them has it.
+
+        Raises:
+            CheckpointError: its tensors contradict one another, the checkpoint's settings or ``columns``.
+        """
+        matrix, stated = self._legacy(keys) if keys.legacy else self._packed(keys)
+        matrix.in_features = self._columns(name, matrix, stated, columns)
+        return matrix
+
+    def _fail(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._folder.tensors[key].file}: {key} {problem}; {REMEDY}")
+
+    def _check_block_size(self, key: str, size: int) -> None:
+        if size & (size - 1) or not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
+            raise self._fail(key, f"has block size {size}, no power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}")
+        if self._block_size not in (None, size):
+            raise self._fail(key, f"has block size {size}, the checkpoint's JSON says {self._block_size}")
+
+    def _columns(self, name: str, matrix: StoredMatrix, stated: int | None, known: int | None) -> int:
+        columns = stated if stated is not None else known
+        if columns is None:
+            columns = self._expected.columns(name)
+        padded = f"{matrix.blocks} blocks of {matrix.block_size}"
+        if columns is None:
+            raise CheckpointError(
+                f"{matrix.file}: {matrix.label} is stored as {padded}, but not how wide it was before padding; "
+                "give --base-model, whose shapes tell it"
+            )
+        if known is not None and columns != known:
+            raise CheckpointError(
+                f"{matrix.file}: {matrix.label} has {columns} columns, in the model {known}; "
+                "give the base model that was coded"
+            )
+        if columns < 1 or blocks_of(columns, matrix.block_size) != matrix.blocks:
+            raise self._fail(matrix.codes_key, f"is stored as {padded}, which {columns} columns do not make")
+        return columns
+
+    def _packed(self, keys: CodedKeys) -> tuple[StoredMatrix, int | None]:
+        """``__packed``, ``__norms`` and ``__meta``, and the columns that ``__meta`` states."""
+        stored = [keys.parts[part] for part in PARTS]
+        codes_key, norms_key, meta_key = stored
+        packed, norms, meta_info = (self._folder.tensors[key] for key in stored)
+        if meta_info.dtype != torch.int64 or meta_info.shape not in ((4,), (5,)):
+            raise self._fail(meta_key, f"is {list(meta_info.shape)} of {meta_info.dtype}, not 4 or 5 of int64")
+        meta = self._folder.tensor(meta_key).tolist()
+        rows, blocks, size, total = meta[:4]
+        if min(meta) < 1 or rows * blocks * size != total:
+            raise self._fail(meta_key, f"is {meta}, not [rows, blocks, block size, their product, columns]")
+        self._check_block_size(meta_key, size)
+        if packed.dtype != torch.uint8 or len(packed.shape) != 1:
+            raise self._fail(codes_key, f"is {list(packed.shape)} of {packed.dtype}, not a row of bytes")
+        bits = self._bits or DEFAULT_BITS
+        if packed.shape[0] != packed_size(total, bits):
+            raise self._fail(
+                codes_key,
+                f"is {packed.shape[0]} bytes; the {total} codes of {bits} bits that {meta_key} states "
+                f"take {packed_size(total, bits)}",
+            )
+        if norms.dtype != torch.float16 or norms.shape != (rows, blocks):
+            raise self._fail(
+                norms_key, f"is {list(norms.shape)} of {norms.dtype}, by {meta_key} [{rows}, {blocks}] of float16"
+            )
+        matrix = StoredMatrix(keys.base, packed.file, stored, codes_key, norms_key, "msb", rows, blocks, size, 0, bits)
+        return matrix, meta[4] if len(meta) == 5 else None
+
+    def _legacy(self, keys: CodedKeys) -> tuple[StoredMatrix, int | None]:
+        """``.codes``, ``.norms`` and ``.ct`` or ``.ct_scaled``; they never state their columns."""
+        codes_key, norms_key = keys.parts["codes"], keys.parts["norms"]
+        codes, norms = self._folder.tensors[codes_key], self._folder.tensors[norms_key]
+        table_key = keys.parts.get("ct_scaled") or keys.parts["ct"]
+        if not self._folder.tensors[table_key].dtype.is_floating_point:
+            raise self._fail(table_key, f"is of {self._folder.tensors[table_key].dtype}, not float32")
+        table = self._folder.tensor(table_key).float().view(-1).clone()
+        bits = bits_of(table)
+        if bits is None:
+            raise self._fail(table_key, f"has {len(table)} levels, no power of two from 4 to 256")
+        size = self._block_size or DEFAULT_BLOCK_SIZE
+        self._check_block_size(codes_key, size)
+        if len(codes.shape) != 2 or 0 in codes.shape:
+            raise self._fail(codes_key, f"is {list(codes.shape)}, no matrix")
+        rows, width = codes.shape
+        count = math.prod(norms.shape)
+        if norms.dtype != torch.float16 or norms.shape not in ((count,), (rows, count // rows)) or not count:
+            raise self._fail(
+                norms_key, f"is {list(norms.shape)} of {norms.dtype}, no float16 for each block of {rows} rows"
+            )
+        blocks = count // rows
+        padded = blocks * size
+        forms = {(torch.int8, padded): "codes", (torch.uint8, padded): "codes"}
+        if bits <= 4:
+            forms[torch.uint8, padded // 2] = "nibbles"
+        if bits == 5:
+            forms[torch.uint8, padded * 5 // 8] = "lsb"
+        form = forms.get((codes.dtype, width))
+        if form is None or count % rows:
+            raise self._fail(
+                codes_key,
+                f"is {list(codes.shape)} of {codes.dtype}; that holds no {padded} codes of {bits} bits a row, "
+                f"which {norms_key} and {table_key} ask for",
+            )
+        if "ct_scaled" in keys.parts:
+            table = table * math.sqrt(size)
+        matrix = StoredMatrix(
+            keys.base, codes.file, list(keys.parts.values()), codes_key, norms_key, form, rows, blocks, size, 0, bits,
+            table, table_key,
+        )  # fmt: skip
+        return matrix, None

@@ -10,33 +10,37 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .shard import Group, Produce, TensorPlan
 from .sources import PIECE_BYTES, WeightSource
-from .tensor_folder import PICKLE_SUFFIXES, TensorFolder
-from .writer import FolderWriter, Group, TensorPlan
+from .tensor_folder import PICKLE_SUFFIXES
+from .writer import FolderWriter
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLE_SUFFIXES)
 OWN_FILES = ("config.json", "README.md")
-SIDE_FILE_BYTES = 64 * 2**20
 
 
-def side_files(folder: TensorFolder) -> list[Path]:
-    """Tokenizer, templates, processors and the like: every small file that is no weight and no description of weights.
+def side_files(source: WeightSource) -> list[Path]:
+    """Tokenizer, templates, processors and the like: every file that is no weight and no description of weights.
+
+    Of files that the checkpoint and its base model both have, the checkpoint's.
 
     Raises:
-        CheckpointError: one of them is a link that leads out of the folder.
+        CheckpointError: one of them is a link that leads out of its folder.
     """
-    files = []
-    for path in sorted(folder.path.iterdir()):
-        described = path.name.endswith(".index.json") or path.name.startswith(("hlwq_", "polar_", "."))
-        if path.is_file() and not described and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES:
-            folder.inside(path)
-            if path.stat().st_size <= SIDE_FILE_BYTES:
-                files.append(path)
-    return files
+    files = {}
+    for folder in reversed(source.folders()):
+        for path in sorted(folder.path.iterdir()):
+            described = path.name.endswith(".index.json") or path.name.startswith(("hlwq_", "polar_", "."))
+            if path.is_file() and not described and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES:
+                files[path.name] = folder.inside(path)
+    return list(files.values())
 
 
 def task_of(source: WeightSource, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a conversion: its kind and options, and the files it reads by size and time of change."""
+    """What identifies a conversion: its kind and options, and the files it reads by size and time of change.
+
+    Options are all that the written bytes depend on, also where they are computed: devices round differently.
+    """
     files = {
         str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns]
         for folder in source.folders()
@@ -55,12 +59,14 @@ def plain_group(source: WeightSource, name: str) -> Group:
 def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """A parameter as it is, a piece at a time."""
     parameter = source.parameters[name]
+    if parameter.bytes == 0:
+        return
     step = max(1, PIECE_BYTES // max(1, parameter.columns * parameter.dtype.itemsize))
     for start in range(0, parameter.rows, step):
         yield name, source.rows(name, start, min(parameter.rows, start + step))
 
 
-def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Any, title: str) -> None:
+def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Produce, title: str) -> None:
     """Write all shards; the bar counts the parameters' bytes, and is quiet where nobody sees it."""
     total = sum(p.bytes for p in source.parameters.values())
     bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
@@ -72,6 +78,11 @@ def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Any, 
                 bar.update(parameter.bytes)
 
         writer.run(produce, advance)
+
+
+def listed(names: list[str]) -> str:
+    """The first of several names and how many follow, with its verb: ``a and 2 more are``."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def gigabytes(count: float) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CheckpointError
 from .metadata import HASHES
-from .tensor_folder import DTYPE_NAMES, TensorFolder, read_json
+from .tensor_folder import DTYPE_NAMES, TensorFolder
 
 REMEDY = "download or convert the checkpoint again"
 
@@ -42,8 +42,8 @@ class HashList:
         Raises:
             CheckpointError: the list is unreadable, or names other tensors, dtypes or shapes than the files hold.
         """
-        path = folder.path / HASHES
-        return cls(folder, read_json(path)) if path.is_file() else None
+        entries = folder.json(HASHES)
+        return None if entries is None else cls(folder, entries)
 
     def _check_names(self) -> None:
         path = self.folder.path / HASHES

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..codec import CodebookName
 from ..errors import CheckpointError
+from .dequantize import refuse_hlwq_options
 from .int4_source import Int4Source, is_int4
 from .reader import HlwqSource, is_hlwq
 from .tensor_folder import DTYPE_NAMES, TensorFolder
@@ -32,6 +33,7 @@ def inspect(path: Path, base_model: Path | None = None, codebook: CodebookName |
     folder = TensorFolder(path)
     if is_hlwq(path):
         return _hlwq(path, base_model, codebook)
+    refuse_hlwq_options(path, base_model, codebook)
     if is_int4(folder):
         return _int4(path)
     parameters = [_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes) for name, info in folder.items()]
@@ -66,8 +68,8 @@ def _hlwq(path: Path, base_model: Path | None, codebook: CodebookName | None) ->
     for name, parameter in source.parameters.items():
         stored = source.matrices.get(name)
         if stored is None:
-            if name in source.folder.tensors:
-                info = source.folder.tensors[name]
+            if name in source.plain:
+                info = source.folder.tensors[source.plain[name]]
                 parameters.append(_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes))
             continue
         size = sum(source.folder.tensors[key].bytes for matrix in stored for key in matrix.keys)
@@ -90,15 +92,14 @@ def _hlwq(path: Path, base_model: Path | None, codebook: CodebookName | None) ->
 def _int4(path: Path) -> dict[str, Any]:
     source = Int4Source(path)
     size = source.arguments.group_size
+    tensors = source.folder.tensors
     parameters = []
-    for name, info in source.folder.items():
-        module, _, part = name.rpartition(".")
-        if part == "weight_packed":
-            shape = tuple(source.folder.tensor(f"{module}.weight_shape").tolist())
-            parts = [i.bytes for n, i in source.folder.items() if n.startswith(f"{module}.weight_")]
-            parameters.append(_plain(f"{module}.weight", shape, f"INT4 g{size or 'row'}", sum(parts)))
-        elif not part.startswith("weight_"):
-            parameters.append(_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes))
+    for stem in source.stems:
+        parts = sum(tensors[f"{stem}{part}"].bytes for part in source.parts(stem))
+        parameters.append(_plain(f"{stem}weight", source.shapes[stem], f"INT4 g{size or 'row'}", parts))
+    for name in source.plain:
+        info = tensors[name]
+        parameters.append(_plain(name, info.shape, DTYPE_NAMES[info.dtype], info.bytes))
     return _summary(path, "compressed-tensors", parameters, group_size=size)
 
 

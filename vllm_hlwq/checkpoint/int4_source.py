@@ -1,8 +1,15 @@
-"""Reads an INT4 checkpoint matrix by matrix, to compare it with what it was made from."""
+"""An INT4 checkpoint as a source of 16-bit weights: the way back, and what the export is measured by.
+
+Experts that the checkpoint names gate_proj, up_proj and down_proj are given out as the 3-D stacks that transformers
+holds in memory and loads under those names whatever the model's own files look like.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -11,29 +18,43 @@ from pydantic import ValidationError
 from ..checkpoint_files import REMEDY
 from ..errors import CheckpointError
 from ..int4_checkpoint import dequantize_weight
+from .hashes import HashList
+from .sources import Parameter
 from .tensor_folder import TensorFolder
 
-PARTS = ("weight_packed", "weight_scale", "weight_shape")
+CODES, SCALES, SHAPE, ZERO_POINTS = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+_EXPERT = re.compile(r"^(?P<prefix>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<proj>gate_proj|up_proj|down_proj)\.$")
 
 
 def is_int4(folder: TensorFolder) -> bool:
     """Does a folder hold compressed-tensors ``pack-quantized`` weights?"""
-    return any(name.endswith(".weight_packed") for name in folder.tensors)
+    return any(name.endswith(CODES) for name in folder.tensors)
 
 
 class Int4Source:
-    """The INT4 matrices of a folder.
+    """The parameters of an INT4 checkpoint.
+
+    ``stems`` are what the names of each INT4 matrix's tensors begin with: ``model.layers.0.mlp.experts.3.up_proj.``;
+    ``plain`` are the other tensors.
 
     Raises:
-        CheckpointError: a matrix lacks a part, its parts disagree, or the configuration does not describe it.
+        CheckpointError: a matrix lacks a part, its parts disagree, an expert lacks a matrix, or the configuration does
+            not describe the weights.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.folder = TensorFolder(path)
+        self.hashes = HashList.read(self.folder)
         self.arguments = self._arguments()
-        self.modules = [n.removesuffix(".weight_packed") for n in self.folder.tensors if n.endswith(".weight_packed")]
-        for module in self.modules:
-            self._check(module)
+        self.stems = [name.removesuffix(CODES) for name in self.folder.tensors if name.endswith(CODES)]
+        self.shapes = {stem: self._check(stem) for stem in self.stems}
+        of_matrices = {f"{stem}{part}" for stem in self.stems for part in self.parts(stem)}
+        self.plain = [name for name in self.folder.tensors if name not in of_matrices]
+        tensors = self.folder.tensors
+        self.parameters = {name: Parameter(tensors[name].shape, tensors[name].dtype) for name in self.plain}
+        self._stems_of: dict[str, list[str]] = {}
+        self._name_parameters()
 
     def _arguments(self) -> QuantizationArgs:
         path = self.folder.path / "config.json"
@@ -47,32 +68,118 @@ class Int4Source:
             raise CheckpointError(f"{path}: weights are of {arguments.num_bits} bits, not 4; only INT4 is understood")
         return arguments
 
-    def _check(self, module: str) -> None:
+    def _check(self, stem: str) -> tuple[int, int]:
+        """Hold the parts of a matrix against one another; return its shape."""
         tensors = self.folder.tensors
-        missing = next((part for part in PARTS if f"{module}.{part}" not in tensors), None)
+        missing = next((part for part in self.parts(stem) if f"{stem}{part}" not in tensors), None)
         if missing is not None:
-            raise CheckpointError(f"{self.folder.path}: {module}.{missing} is missing; {REMEDY}")
-        shape = tensors[f"{module}.weight_shape"]
-        if shape.dtype != torch.int64 or shape.shape != (2,):
-            raise CheckpointError(f"{shape.file}: {module}.weight_shape is not two int64 values; {REMEDY}")
-        rows, columns = self.folder.tensor(f"{module}.weight_shape").tolist()
-        packed, scale = tensors[f"{module}.weight_packed"].shape, tensors[f"{module}.weight_scale"].shape
-        groups = columns // (self.arguments.group_size or columns or 1) if (self.arguments.group_size or 0) >= 0 else 1
-        if packed != (rows, -(-columns // 8)) or scale != (rows, groups):
-            raise CheckpointError(
-                f"{shape.file}: {module} is {rows} x {columns} by its weight_shape, but has codes {list(packed)} and "
-                f"scales {list(scale)}; {REMEDY}"
-            )
+            raise CheckpointError(f"{self.path}: {stem}{missing} is missing; {REMEDY}")
+        rows, columns = self._stated_shape(stem)
+        size = self.arguments.group_size or -1
+        groups = -(-columns // size) if size > 0 else 1
+        expected: dict[str, tuple[torch.dtype | None, tuple[int, int]]] = {
+            CODES: (torch.int32, (rows, -(-columns // 8))),
+            SCALES: (None, (rows, groups)),
+            ZERO_POINTS: (torch.int32, (-(-rows // 8), groups)),
+        }
+        for part in self.parts(stem):
+            info = tensors[f"{stem}{part}"]
+            dtype, shape = expected.get(part, (info.dtype, info.shape))
+            right = info.dtype.is_floating_point if dtype is None else info.dtype == dtype
+            if not right or info.shape != shape:
+                raise CheckpointError(
+                    f"{info.file}: {stem}{part} is {list(info.shape)} of {info.dtype}, but {rows} x {columns} weights "
+                    f"have {list(shape)} of {dtype or 'a floating-point type'}; {REMEDY}"
+                )
+        return rows, columns
 
-    def weight(self, module: str) -> torch.Tensor:
-        """The matrix ``[out, in]`` of a module, in the scale's dtype.
+    def _stated_shape(self, stem: str) -> tuple[int, int]:
+        if SHAPE not in self.parts(stem):
+            codes = self.folder.tensors[f"{stem}{CODES}"]
+            if len(codes.shape) != 2:
+                raise CheckpointError(f"{codes.file}: {stem}{CODES} is no matrix; {REMEDY}")
+            return codes.shape[0], codes.shape[1] * 8
+        info = self.folder.tensors[f"{stem}{SHAPE}"]
+        if info.dtype != torch.int64 or info.shape != (2,):
+            raise CheckpointError(f"{info.file}: {stem}{SHAPE} is not two int64 values; {REMEDY}")
+        rows, columns = self.folder.tensor(f"{stem}{SHAPE}").tolist()
+        return rows, columns
+
+    def parts(self, stem: str) -> list[str]:
+        """What is stored of a matrix; no shape in the layout of vLLM's gpt-oss loader."""
+        shape = [SHAPE] if stem.endswith(".") else []
+        return [CODES, SCALES, *shape, *([] if self.arguments.symmetric else [ZERO_POINTS])]
+
+    def _name_parameters(self) -> None:
+        """Name the parameter that each matrix is, or is a part of."""
+        experts: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+        for stem in self.stems:
+            match = _EXPERT.match(stem)
+            if match is None:
+                self._stems_of[f"{stem}weight"] = [stem]
+                self.parameters[f"{stem}weight"] = Parameter(self.shapes[stem], self._dtype(stem))
+            else:
+                experts[match["prefix"]][int(match["expert"])][match["proj"]] = stem
+        for prefix, by_expert in experts.items():
+            gated = any("gate_proj" in found for found in by_expert.values())
+            stacks = {"gate_up_proj": ("gate_proj", "up_proj")} if gated else {"up_proj": ("up_proj",)}
+            for name, projections in {**stacks, "down_proj": ("down_proj",)}.items():
+                self._add_stack(f"{prefix}.{name}", prefix, projections, by_expert)
+
+    def _add_stack(
+        self, name: str, prefix: str, projections: tuple[str, ...], by_expert: dict[int, dict[str, str]]
+    ) -> None:
+        stems: list[str] = []
+        for expert in range(max(by_expert) + 1):
+            for projection in projections:
+                stem = by_expert[expert].get(projection) if expert in by_expert else None
+                if stem is None:
+                    raise CheckpointError(f"{self.path}: {prefix}.{expert}.{projection}.{CODES} is missing; {REMEDY}")
+                if self.shapes[stem] != self.shapes[(stems or [stem])[0]]:
+                    raise CheckpointError(
+                        f"{self.path}: {stem}weight is {list(self.shapes[stem])}, {stems[0]}weight "
+                        f"{list(self.shapes[stems[0]])}; {REMEDY}"
+                    )
+                stems.append(stem)
+        rows, columns = self.shapes[stems[0]]
+        self._stems_of[name] = stems
+        self.parameters[name] = Parameter((max(by_expert) + 1, rows * len(projections), columns), self._dtype(stems[0]))
+
+    def _dtype(self, stem: str) -> torch.dtype:
+        return self.folder.tensors[f"{stem}{SCALES}"].dtype
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A stored tensor, held to its sum where sums are listed."""
+        if self.hashes is not None:
+            self.hashes.check(name)
+        return self.folder.tensor(name)
+
+    def matrix(self, stem: str) -> torch.Tensor:
+        """One INT4 matrix ``[out, in]``, in the scale's dtype.
 
         Raises:
-            CheckpointError: a scale is not finite.
+            CheckpointError: a scale is not finite, or a tensor is not what its sum says.
         """
-        state = {part: self.folder.tensor(f"{module}.{part}") for part in PARTS}
-        if not self.arguments.symmetric:
-            state["weight_zero_point"] = self.folder.tensor(f"{module}.weight_zero_point")
-        if not bool(state["weight_scale"].isfinite().all()):
-            raise CheckpointError(f"{self.folder.path}: {module}.weight_scale holds NaN or inf; {REMEDY}")
+        state = {part: self._tensor(f"{stem}{part}") for part in self.parts(stem)}
+        state[SHAPE] = torch.tensor(self.shapes[stem])
+        if not bool(state[SCALES].isfinite().all()):
+            raise CheckpointError(f"{self.path}: {stem}{SCALES} holds NaN or inf; {REMEDY}")
         return dequantize_weight(state, self.arguments)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stems = self._stems_of.get(name)
+        if stems is None:
+            return self._tensor(name).reshape(-1, self.parameters[name].columns)[start:stop]
+        rows = self.shapes[stems[0]][0]
+        return torch.cat(
+            [
+                self.matrix(stems[index])[max(start - index * rows, 0) : stop - index * rows]
+                for index in range(start // rows, -(-stop // rows))
+            ]
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {key: value for key, value in self.folder.config().items() if key != "quantization_config"}
+
+    def folders(self) -> list[TensorFolder]:
+        return [self.folder]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,26 +17,42 @@ from ..errors import CheckpointError
 from .names import NEVER_CODED
 from .sources import Parameter, WeightSource
 
-_STACK = re.compile(r"^(?P<prefix>.*experts)\.(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
-_STACK_BIAS = re.compile(r"^(?P<prefix>.*experts)\.(?P<proj>gate_up_proj|down_proj)(_bias|\.bias)$")
+Role = Literal["gate", "up", "gate_up", "down", "linear"]
+
+_STACK = re.compile(r"^(?P<prefix>(?:.*\.)?experts)\.(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
+_STACK_BIAS = re.compile(r"^(?P<prefix>(?:.*\.)?experts)\.(?P<proj>gate_up_proj|down_proj)(_bias|\.bias)$")
 _EXPERT = re.compile(
-    r"^(?P<prefix>.*experts)\.(?P<expert>\d+)\.(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+    r"^(?P<prefix>(?:.*\.)?experts)\.(?P<expert>\d+)\."
+    r"(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
-_DOWN = ("down_proj", "w2")
+_OF_EXPERTS = re.compile(r"(^|\.)experts\.")
+_EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|output_embedding)(\.|$)")
+_ROLES: dict[str, Role] = {
+    "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Matrix:
     """An expert's or linear layer's weight ``[out, in]`` inside a source parameter.
 
-    module: its name in the exported checkpoint, without ``.weight``.
+    stem: what its tensors' names in the exported checkpoint begin with, as in ``<stem>weight_packed``.
     read: gives the matrix, in the source's dtype.
     """
 
-    module: str
+    stem: str
     shape: tuple[int, int]
     read: Callable[[], torch.Tensor]
-    expert: bool
+    role: Role
+
+    @property
+    def module(self) -> str:
+        return self.stem[:-1]
+
+    @property
+    def has_shape(self) -> bool:
+        """Is its shape stored? vLLM's loader of gpt-oss takes every tensor of such a name for a weight."""
+        return self.stem.endswith(".")
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,10 @@ class Vector:
     name: str
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+
+
+def _never_int4(name: str) -> bool:
+    return any(pattern.search(name) for pattern in NEVER_CODED.values())
 
 
 def hidden_size(source: WeightSource) -> int | None:
@@ -60,81 +81,107 @@ def expert_matrices(source: WeightSource, name: str) -> list[Matrix] | None:
     """The experts' matrices that a parameter holds, un-fused; None if it holds none.
 
     Raises:
-        CheckpointError: an expert stack whose shape fits no known layout.
+        CheckpointError: weights of experts whose name or shape fits no known layout.
     """
     parameter = source.parameters[name]
     match = _EXPERT.match(name)
     if match and len(parameter.shape) == 2:
         return _one_expert(source, name, match, parameter)
     match = _STACK.match(name)
-    if match is None or len(parameter.shape) != 3:
-        return None
-    return _stack(source, name, match["prefix"], match["proj"], parameter)
+    if match and len(parameter.shape) == 3:
+        return _stack(source, name, match["prefix"], match["proj"], parameter)
+    if len(parameter.shape) >= 2 and _OF_EXPERTS.search(name) and not _never_int4(name):
+        raise CheckpointError(
+            f"{source.path}: {name} {list(parameter.shape)} is of experts, but its layout is not known; "
+            "known are 3-D gate_up_proj, gate_proj, up_proj and down_proj, and one matrix an expert, also w1, w2 and w3"
+        )
+    return None
 
 
 def _one_expert(source: WeightSource, name: str, match: re.Match[str], parameter: Parameter) -> list[Matrix]:
     rows, columns = parameter.shape
     if match["proj"] != "gate_up_proj":
-        module = name.removesuffix(".weight")
-        return [Matrix(module, (rows, columns), lambda: source.rows(name, 0, rows), True)]
-    half = rows // 2
-    stem = f"{match['prefix']}.{match['expert']}"
+        stem = name.removesuffix("weight")
+        return [Matrix(stem, (rows, columns), lambda: source.rows(name, 0, rows), _ROLES[match["proj"]])]
+    half = _half(source, name, rows)
+    stem = f"{match['prefix']}.{match['expert']}."
     return [
-        Matrix(f"{stem}.gate_proj", (half, columns), lambda: source.rows(name, 0, half), True),
-        Matrix(f"{stem}.up_proj", (half, columns), lambda: source.rows(name, half, rows), True),
+        Matrix(f"{stem}gate_proj.", (half, columns), lambda: source.rows(name, 0, half), "gate"),
+        Matrix(f"{stem}up_proj.", (half, columns), lambda: source.rows(name, half, rows), "up"),
     ]
+
+
+def _half(source: WeightSource, name: str, rows: int) -> int:
+    if rows % 2:
+        raise CheckpointError(f"{source.path}: {name} has {rows} output rows, which are no pair of gate and up")
+    return rows // 2
 
 
 def _stack(source: WeightSource, name: str, prefix: str, projection: str, parameter: Parameter) -> list[Matrix]:
     experts, first, second = parameter.shape
-    transposed, interleaved = _orientation(source, name, prefix, projection, parameter)
+    transposed = _input_first(source, prefix)
     out, columns = (second, first) if transposed else (first, second)
-    parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
-    if out % len(parts):
-        raise CheckpointError(f"{source.path}: {name} has {out} output rows, which are no pair of gate and up")
     matrices = []
     for expert in range(experts):
-        for index, part in enumerate(parts):
+        for stem, role, start, rows in _parts(source, name, prefix, projection, out):
 
-            def read(expert: int = expert, index: int = index) -> torch.Tensor:
-                if not transposed and not interleaved:
-                    step = out // len(parts)
-                    start = expert * first + index * step
-                    return source.rows(name, start, start + step)
+            def read(expert: int = expert, start: int = start, rows: int = rows) -> torch.Tensor:
+                if not transposed:
+                    return source.rows(name, expert * first + start, expert * first + start + rows)
                 weight = source.rows(name, expert * first, (expert + 1) * first)
-                weight = weight.t() if transposed else weight
-                chosen = weight[index :: len(parts)] if interleaved else weight.chunk(len(parts))[index]
-                return chosen.contiguous()
+                return weight[:, start : start + rows].t().contiguous()
 
-            shape = (out // len(parts), columns)
-            matrices.append(Matrix(f"{prefix}.{expert}.{part}", shape, read, True))
+            matrices.append(Matrix(f"{prefix}.{expert}.{stem}", (rows, columns), read, role))
     return matrices
 
 
-def _orientation(
-    source: WeightSource, name: str, prefix: str, projection: str, parameter: Parameter
-) -> tuple[bool, bool]:
-    """Is the input dimension first, and do gate and up alternate?
+def _parts(source: WeightSource, name: str, prefix: str, projection: str, out: int) -> list[tuple[str, Role, int, int]]:
+    """Stem, role, first row and rows of each matrix that an expert has in a stack with ``out`` output rows.
 
-    Told by which dimension is the hidden size. Where both are, a stack with biases has the input first, as in gpt-oss.
-    Stacks of gate and up that come with a bias alternate row by row; those without lie one after the other.
+    Experts with biases alternate gate and up row by row, as in gpt-oss. They stay one matrix, under the names that
+    vLLM's loader of gpt-oss has for single experts: it passes over any other in silence.
+    """
+    if _biased(source, prefix, projection):
+        return [("w13_", "gate_up", 0, out)] if projection == "gate_up_proj" else [("w2_", "down", 0, out)]
+    if projection != "gate_up_proj":
+        return [(f"{projection}.", _ROLES[projection], 0, out)]
+    half = _half(source, name, out)
+    return [("gate_proj.", "gate", 0, half), ("up_proj.", "up", half, half)]
+
+
+def _biased(source: WeightSource, prefix: str, projection: str) -> bool:
+    return any(f"{prefix}.{projection}{suffix}" in source.parameters for suffix in ("_bias", ".bias"))
+
+
+def _input_first(source: WeightSource, prefix: str) -> bool:
+    """Is the input dimension of an expert layer's stacks first?
+
+    Told by which dimension is the hidden size, from all stacks of the layer: where both are in one, another tells.
+    Where both are in all, stacks with biases have the input first, as in gpt-oss.
+
+    Raises:
+        CheckpointError: no dimension is the hidden size, or the stacks contradict one another.
     """
     hidden = hidden_size(source)
-    biased = any(f"{prefix}.{projection}{suffix}" in source.parameters for suffix in ("_bias", ".bias"))
-    _, first, second = parameter.shape
-    straight, crosswise = (first == hidden, second == hidden) if projection == "down_proj" else (
-        second == hidden, first == hidden,
-    )  # fmt: skip
-    if straight and crosswise:
-        transposed = biased
-    elif straight or crosswise:
-        transposed = crosswise
-    else:
+    told = {}
+    for name, parameter in source.parameters.items():
+        match = _STACK.match(name)
+        if match is None or match["prefix"] != prefix or len(parameter.shape) != 3:
+            continue
+        straight, crosswise = parameter.shape[1:] if match["proj"] == "down_proj" else parameter.shape[:0:-1]
+        if hidden not in (straight, crosswise):
+            raise CheckpointError(
+                f"{source.path}: {name} is {list(parameter.shape)}, neither dimension is the hidden size {hidden}; "
+                "this layout of experts is not known"
+            )
+        if straight != crosswise:
+            told[name] = crosswise == hidden
+    if len(set(told.values())) > 1:
         raise CheckpointError(
-            f"{source.path}: {name} is {list(parameter.shape)}, neither dimension is the hidden size {hidden}; "
+            f"{source.path}: {' and '.join(told)} disagree on which dimension is the input; "
             "this layout of experts is not known"
         )
-    return transposed, biased and projection == "gate_up_proj"
+    return next(iter(told.values())) if told else _biased(source, prefix, "down_proj")
 
 
 def expert_biases(source: WeightSource, name: str) -> list[Vector] | None:
@@ -144,24 +191,21 @@ def expert_biases(source: WeightSource, name: str) -> list[Vector] | None:
     if match is None or len(parameter.shape) != 2:
         return None
     experts, width = parameter.shape
-    parts = ("gate_proj", "up_proj") if match["proj"] == "gate_up_proj" else (match["proj"],)
+    part = "w13" if match["proj"] == "gate_up_proj" else "w2"
     return [
         Vector(
-            f"{match['prefix']}.{expert}.{part}.bias",
-            (width // len(parts),),
-            lambda expert=expert, index=index: source.rows(name, expert, expert + 1)[0, index :: len(parts)],  # type: ignore[misc]
+            f"{match['prefix']}.{expert}.{part}_bias",
+            (width,),
+            lambda expert=expert: source.rows(name, expert, expert + 1)[0],  # type: ignore[misc]
         )
         for expert in range(experts)
-        for index, part in enumerate(parts)
     ]
 
 
 def linear_matrix(source: WeightSource, name: str) -> Matrix | None:
     """A linear layer outside the experts that INT4 could hold; None for embeddings, heads, routers and towers."""
     parameter = source.parameters[name]
-    never = any(pattern.search(name) for pattern in NEVER_CODED.values())
-    embedding = re.search(r"(^|\.)(embed\w*|wte|wpe|lm_head|output_embedding)(\.|$)", name)
-    if len(parameter.shape) != 2 or not name.endswith(".weight") or never or embedding:
+    if len(parameter.shape) != 2 or not name.endswith(".weight") or _never_int4(name) or _EMBEDDING.search(name):
         return None
     rows, columns = parameter.shape
-    return Matrix(name.removesuffix(".weight"), (rows, columns), lambda: source.rows(name, 0, rows), False)
+    return Matrix(name.removesuffix("weight"), (rows, columns), lambda: source.rows(name, 0, rows), "linear")

@@ -1,10 +1,10 @@
-"""16-bit checkpoint to HLWQ checkpoint, and back to 16 bit."""
+"""16-bit checkpoint to HLWQ checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,12 +24,15 @@ from ..errors import CheckpointError
 from .conversion import copy_pieces, plain_group, run_with_progress, side_files, task_of
 from .metadata import HLWQ_CONFIG, HlwqConfig, ParameterStats, QuantizationConfig
 from .names import CODEBOOK_KEY, NEVER_CODED, kept_because
-from .reader import HlwqSource, is_hlwq
-from .sources import Parameter, PlainSource, WeightSource, pieces
-from .writer import SHARD_BYTES, FolderWriter, Group, TensorPlan
+from .reader import is_hlwq
+from .shard import Group, TensorPlan
+from .sources import Parameter, PlainSource, pieces
+from .tensor_folder import DTYPE_NAMES
+from .writer import SHARD_BYTES, FolderWriter
 
 BLOCK_SIZE = 128
 FITS: dict[str, Refinement] = {"norm": NORM, "gain": GAIN, "search": SEARCH}
+KEPT_BY_NAME = "named by --keep"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -61,6 +64,7 @@ def quantize(
     fit: str = "search",
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
+    keep: Sequence[str] = (),
 ) -> HlwqConfig:
     """Code a 16-bit checkpoint.
 
@@ -73,30 +77,32 @@ def quantize(
             codes chosen again, and wider factors tried for blocks that the table would clip.
         device: where blocks are coded.
         shard_bytes: size at which a new file is begun.
+        keep: shell-style patterns of the names of parameters to leave in 16 bit, beside those that always are.
 
     Returns:
         What was written, with the error of each parameter.
 
     Raises:
-        CheckpointError: the source cannot be read or holds weights that cannot be coded, or ``out`` cannot be written.
+        CheckpointError: the source cannot be read or holds weights that cannot be coded, a pattern of ``keep`` matches
+            nothing that would be coded, or ``out`` cannot be written.
     """
+    if is_hlwq(source_path):
+        raise CheckpointError(f"{source_path}: is coded with HLWQ already; give the 16-bit original")
     source = PlainSource(source_path)
     table = codebook(codebook_name, bits)
     coder = BlockCoder(table, BLOCK_SIZE, device or torch.device("cpu"))
-    kept = {}
-    for name, parameter in source.parameters.items():
-        reason = kept_because(name, parameter.shape, bits, BLOCK_SIZE) if parameter.dtype in FLOATS else "not float"
-        if reason is not None:
-            kept[name] = reason
-    coded = [name for name in source.parameters if name not in kept]
-    if not coded:
-        raise CheckpointError(f"{source_path}: holds no matrix that HLWQ codes; give the folder of a language model")
+    kept = _kept(source, bits, keep)
+    if len(kept) == len(source.parameters):
+        raise CheckpointError(f"{source_path}: holds no matrix to code; give the folder of a language model")
     groups = [
         plain_group(source, name) if name in kept else _coded_group(name, parameter, bits)
         for name, parameter in source.parameters.items()
     ]
     groups.append(Group(CODEBOOK_KEY, (TensorPlan(CODEBOOK_KEY, torch.float32, tuple(table.shape)),)))
-    options = {"bits": bits, "codebook": codebook_name, "fit": fit, "shard_bytes": shard_bytes}
+    options = {
+        "bits": bits, "codebook": codebook_name, "fit": fit, "keep": sorted(keep), "shard_bytes": shard_bytes,
+        "device": coder.device.type,
+    }  # fmt: skip
     writer = FolderWriter(out, task_of(source, "quantize", options), groups, shard_bytes)
 
     def produce(group: Group) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,11 +120,42 @@ def quantize(
         format=description.format,
         bits=bits,
         block_size=BLOCK_SIZE,
-        modules_to_not_convert=sorted({reason for reason in kept.values() if reason in NEVER_CODED}),
+        modules_to_not_convert=_not_converted(kept),
     ).model_dump()
     files = {"config.json": config, HLWQ_CONFIG: description.model_dump()}
-    writer.finish(files, side_files(source.folder))
+    writer.finish(files, side_files(source))
     return description
+
+
+def _kept(source: PlainSource, bits: int, keep: Sequence[str]) -> dict[str, str]:
+    """Parameters that stay as they are, and why."""
+    kept = {}
+    unused = dict.fromkeys(keep)
+    for name, parameter in source.parameters.items():
+        if parameter.dtype in FLOATS:
+            reason = kept_because(name, parameter.shape, bits, BLOCK_SIZE)
+        else:
+            reason = f"stored as {DTYPE_NAMES[parameter.dtype]}"
+        if reason is None:
+            matching = [pattern for pattern in keep if fnmatchcase(name, pattern)]
+            for pattern in matching:
+                unused.pop(pattern, None)
+            reason = f"{KEPT_BY_NAME} {matching[0]}" if matching else None
+        if reason is not None:
+            kept[name] = reason
+    if unused:
+        raise CheckpointError(
+            f"--keep {next(iter(unused))}: matches no parameter of {source.path} that would be coded; "
+            "`hlwq inspect` lists their names"
+        )
+    return kept
+
+
+def _not_converted(kept: dict[str, str]) -> list[str]:
+    """Kinds of modules that are never coded, and the names of those kept by request."""
+    kinds = {reason for reason in kept.values() if reason in NEVER_CODED}
+    by_name = {name.removesuffix(".weight") for name, reason in kept.items() if reason.startswith(KEPT_BY_NAME)}
+    return sorted(kinds | by_name)
 
 
 def _code(
@@ -179,48 +216,3 @@ def _describe(
         },
         kept=kept,
     )
-
-
-def open_source(
-    path: Path, base_model: Path | None, codebook_name: CodebookName | None, device: torch.device | None = None
-) -> WeightSource:
-    """A checkpoint as a source of 16-bit weights, whether it is coded or not.
-
-    Raises:
-        CheckpointError: it cannot be read, or an option does not apply to it.
-    """
-    if is_hlwq(path):
-        return HlwqSource(path, base_model, codebook_name, device)
-    if base_model is not None or codebook_name is not None:
-        option = "--base-model" if base_model is not None else "--codebook"
-        raise CheckpointError(f"{path}: is not coded with HLWQ, so {option} has no meaning; leave it out")
-    return PlainSource(path)
-
-
-def dequantize(source: HlwqSource, out: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Write the BF16 checkpoint that an HLWQ one stands for.
-
-    Args:
-        source: the coded checkpoint, with or without its base model.
-        out: folder to make.
-        shard_bytes: size at which a new file is begun.
-
-    Returns:
-        Parameters that neither the file nor a base model holds: the result is partial unless this is empty.
-
-    Raises:
-        CheckpointError: the source is damaged, or ``out`` cannot be written.
-    """
-    groups = [plain_group(source, name) for name in source.parameters]
-    options: dict[str, Any] = {"shard_bytes": shard_bytes, "codebook": source.table_origin}
-    writer = FolderWriter(out, task_of(source, "dequantize", options), groups, shard_bytes)
-    missing = source.missing()
-
-    def produce(group: Group) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from copy_pieces(source, group.parameter)
-
-    run_with_progress(writer, source, produce, "decoding to BF16")
-    config = source.config()
-    copies = {path.name: path for folder in reversed(source.folders()) for path in side_files(folder)}
-    writer.finish({"config.json": config} if config else {}, list(copies.values()))
-    return missing

@@ -68,6 +68,33 @@ def pieces(parameter: Parameter, rows_multiple: int = 1) -> Iterator[tuple[int, 
         yield start, min(parameter.rows, start + step)
 
 
+def check_finite(rows: torch.Tensor, folder: TensorFolder, name: str) -> None:
+    """Refuse NaN and inf.
+
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
+    if rows.dtype.is_floating_point:
+        wide = rows if rows.dtype.itemsize > 1 else rows.float()  # 8-bit floats have no isfinite
+        if not bool(wide.isfinite().all()):
+            raise CheckpointError(
+                f"{folder.tensors[name].file}: tensor {name} holds NaN or inf; download or make the model again"
+            )
+
+
+def plain_rows(folder: TensorFolder, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows ``[stop - start, columns]`` of a tensor that is stored as it is, memory-mapped.
+
+    Raises:
+        CheckpointError: one of them is not finite.
+    """
+    tensor = folder.tensor(name)
+    columns = tensor.shape[-1] if tensor.shape else 1
+    rows = tensor.reshape(math.prod(tensor.shape[:-1]), columns)[start:stop]
+    check_finite(rows, folder, name)
+    return rows
+
+
 class PlainSource:
     """A 16-bit checkpoint.
 
@@ -81,14 +108,15 @@ class PlainSource:
     def __init__(self, path: Path) -> None:
         self.folder = TensorFolder(path)
         self.path = path
-        method = (self.folder.config().get("quantization_config") or {}).get("quant_method")
-        if method is not None:
-            raise CheckpointError(f"{path}: its weights are quantised already ({method}); give the 16-bit original")
+        quantization = self.folder.config().get("quantization_config")
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(f"{path}: its weights are quantised already ({method!r}); give the 16-bit original")
         self.parameters = {name: Parameter(info.shape, info.dtype) for name, info in self.folder.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        tensor = self.folder.tensor(name)
-        return tensor.reshape(-1, self.parameters[name].columns)[start:stop]
+        parameter = self.parameters[name]
+        return self.folder.tensor(name).reshape(parameter.rows, parameter.columns)[start:stop]
 
     def config(self) -> dict[str, Any]:
         return self.folder.config()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from ..checkpoint_files import REMEDY, check_file
 from ..errors import CheckpointError, ExpertCacheError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_REMEDY = "it can run any code when it is read; save the model with transformers' save_pretrained first"
+POLAR_STATE = "polar_state.safetensors"
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -42,31 +47,45 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object; ``what`` is named in errors.
+
+    Raises:
+        CheckpointError: it is no JSON object, or names a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{what}: names {twice!r} twice; {REMEDY}")
+        return found
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what}: not valid JSON ({error}); {REMEDY}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what}: holds no JSON object; {REMEDY}")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         CheckpointError: the file is missing or unreadable, holds no object, or names a key twice.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-        if twice is not None:
-            raise CheckpointError(f"{path}: names {twice!r} twice; {REMEDY}")
-        return dict(pairs)
-
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no ordinary file; {REMEDY}")
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not valid JSON ({error}); {REMEDY}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; {REMEDY}")
-    return content
+    return parse_json(text, str(path))
 
 
 class TensorFolder:
@@ -81,7 +100,7 @@ class TensorFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises where a name is too long
             raise CheckpointError(f"{path}: does not exist; give the folder of a downloaded model")
         self.path = path if path.is_dir() else path.parent
         self.files, expected = self._discover(path)
@@ -110,44 +129,45 @@ class TensorFolder:
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise CheckpointError(f"{indices[0]}: has no weight_map of tensors to files; {REMEDY}")
             files = [self._listed(path, name, indices[0].name) for name in sorted(set(weight_map.values()))]
+            unlisted = path / POLAR_STATE
+            if unlisted.exists() and unlisted not in files:
+                raise CheckpointError(f"{unlisted}: lies beside {indices[0].name}, which does not list it; remove one")
             return files, weight_map
         files = sorted(path.glob("*.safetensors"))
         if not files:
             pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLE_SUFFIXES]
             if pickles:
-                raise CheckpointError(
-                    f"{path / pickles[0]}: a pickle can run any code when it is read, so only safetensors are; "
-                    "save the model with transformers' save_pretrained first"
-                )
+                raise CheckpointError(f"{path / pickles[0]}: a pickle, not a safetensors file; {PICKLE_REMEDY}")
             raise CheckpointError(f"{path}: holds no safetensors file; give the folder of a downloaded model")
         return [self.inside(file) for file in files], {}
 
     def _listed(self, folder: Path, name: str, index: str) -> Path:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if os.path.basename(name) == name and name.endswith(PICKLE_SUFFIXES):
+            raise CheckpointError(f"{folder / name}: a pickle, not a safetensors file; {PICKLE_REMEDY}")
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{folder / index}: {name!r} is no safetensors file of this folder; {REMEDY}")
-        if not (folder / name).is_file():
+        if not os.path.exists(folder / name):
             raise CheckpointError(f"{folder / name}: listed in {index} but missing; {REMEDY}")
         return self.inside(folder / name)
 
     def inside(self, file: Path) -> Path:
         """Refuse links that lead out of the folder, but for the hub cache's own, from snapshots to blobs."""
-        folder, target = file.parent.resolve(), file.resolve()
+        # realpath: Path.resolve raises where links go in circles.
+        folder, target = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
         hub_blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
         if target.parent not in (folder, hub_blobs):
             raise CheckpointError(f"{file}: a link that leads out of its folder; copy the file there")
         return file
 
     def _add(self, file: Path) -> None:
-        with file.open("rb") as raw:
-            start = raw.read(8)
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-            raise CheckpointError(
-                f"{file}: a pickle, not a safetensors file; save the model with transformers' save_pretrained first"
-            )
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is no ordinary file; {REMEDY}")
         try:
             check_file(file)
         except ExpertCacheError as error:
-            raise CheckpointError(str(error)) from None
+            # A header of 640 bytes starts like a pickle too, so only what is no safetensors file is asked.
+            raise self._pickle(file) or CheckpointError(str(error)) from None
+        self._check_header(file)
         opened = self._opened(file)
         for name in opened.keys():  # noqa: SIM118 - safe_open's handle is no mapping
             view = opened.get_slice(name)
@@ -159,6 +179,22 @@ class TensorFolder:
             if name in self.tensors:
                 raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}; {REMEDY}")
             self.tensors[name] = TensorInfo(file, dtype, tuple(view.get_shape()))
+
+    def _pickle(self, file: Path) -> CheckpointError | None:
+        try:
+            with file.open("rb") as raw:
+                start = raw.read(4)
+        except OSError as error:
+            return CheckpointError(f"{file}: cannot be read ({error.strerror}); {REMEDY}")
+        if not start.startswith(PICKLE_STARTS):
+            return None
+        return CheckpointError(f"{file}: a pickle, not a safetensors file; {PICKLE_REMEDY}")
+
+    def _check_header(self, file: Path) -> None:
+        """Refuse a header that names a tensor twice; safetensors would take one of the two."""
+        with file.open("rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            parse_json(raw.read(length), f"{file}: its header")
 
     def _opened(self, file: Path) -> Any:
         if file not in self._open:
@@ -189,7 +225,15 @@ class TensorFolder:
     def items(self) -> Iterator[tuple[str, TensorInfo]]:
         yield from self.tensors.items()
 
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder; None if there is none.
+
+        Raises:
+            CheckpointError: it is a link that leads out of the folder, or no JSON object.
+        """
+        path = self.path / name
+        return read_json(self.inside(path)) if os.path.lexists(path) else None
+
     def config(self) -> dict[str, Any]:
         """The folder's ``config.json``; empty if there is none."""
-        path = self.path / "config.json"
-        return read_json(self.inside(path)) if path.is_file() else {}
+        return self.json("config.json") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from tqdm import tqdm
 
 from ..codec import CodebookName
 from ..errors import CheckpointError
+from .conversion import listed
+from .dequantize import open_source
 from .hashes import HashList
-from .int4_source import Int4Source, is_int4
-from .layouts import expert_matrices, linear_matrix
-from .reader import HlwqSource, is_hlwq
+from .int4_source import Int4Source
+from .layouts import expert_biases, expert_matrices, linear_matrix
+from .reader import HlwqSource
 from .sources import PlainSource, WeightSource, pieces
 from .tensor_folder import TensorFolder
 
@@ -52,8 +55,19 @@ class _Errors:
         self.energy[name] = self.energy.get(name, 0.0) + wanted.double().square().sum().item()
 
     def fill(self, report: Report) -> None:
+        """Put the errors into a report.
+
+        Raises:
+            CheckpointError: a parameter is no nearer to the reference's than zeros would be.
+        """
         report.identical = sum(error == 0 for error in self.error.values())
-        report.errors = {n: e / self.energy[n] if self.energy[n] else float("inf") for n, e in self.error.items() if e}
+        report.errors = {n: e / self.energy[n] if self.energy[n] else math.inf for n, e in self.error.items() if e}
+        unlike = next((name for name, error in report.errors.items() if error >= 1), None)
+        if unlike is not None:
+            raise CheckpointError(
+                f"{report.path}: {unlike} has a relative mean squared error of {report.errors[unlike]:.3g} against "
+                f"{report.reference}; give the model it was made from"
+            )
         total = sum(energy for name, energy in self.energy.items() if self.error[name])
         report.relative_mse = sum(self.error.values()) / total if total else 0.0
 
@@ -79,27 +93,28 @@ def verify(
     hashes = HashList.read(folder)
     size = sum(info.bytes for _, info in folder.items())
     report = Report(str(path), "16-bit", len(folder.tensors), size, hashes is not None)
+    report.reference = None if reference is None else str(reference)
     if hashes is not None:
         for name in tqdm(hashes.entries, desc="checking sums", unit="tensor", disable=None, leave=False):
             hashes.check(name)
     original = PlainSource(reference) if reference else None
     errors = _Errors()
-    if is_hlwq(path):
-        source: WeightSource = HlwqSource(path, base_model, codebook)
+    source = open_source(path, base_model, codebook)
+    if isinstance(source, HlwqSource):
         report.format = "hlwq"
-        missing = source.missing()  # type: ignore[attr-defined]
+        missing = source.missing()
         if missing:
-            raise CheckpointError(f"{path}: {missing[0]} is not in it, nor {len(missing) - 1} more; give --base-model")
-        _walk(source, original, errors)
-    elif base_model is not None or codebook is not None:
-        raise CheckpointError(f"{path}: is not coded with HLWQ; leave --base-model and --codebook out")
-    elif is_int4(folder):
+            raise CheckpointError(f"{path}: {listed(missing)} not in it; give --base-model, which has what it lacks")
+        source.hashes = hashes  # checked above, once
+    if isinstance(source, Int4Source):
         report.format = "compressed-tensors"
-        _walk_int4(Int4Source(path), original, errors)
+        source.hashes = hashes
+        _walk(source, None, errors)
+        if original is not None:
+            _compare_int4(source, original, errors)
     else:
-        _walk(PlainSource(path), original, errors)
+        _walk(source, original, errors)
     if original is not None:
-        report.reference = str(reference)
         errors.fill(report)
     return report
 
@@ -115,12 +130,19 @@ def _walk(source: WeightSource, original: PlainSource | None, errors: _Errors) -
                     f"{source.path}: {name} is {list(parameter.shape)}, in the reference {original.path} {shape}; "
                     "give the model it was made from"
                 )
+        if parameter.bytes == 0:
+            continue
         for start, stop in pieces(parameter):
             rows = source.rows(name, start, stop)
             if rows.is_floating_point() and not bool(rows.isfinite().all()):
                 raise CheckpointError(f"{source.path}: {name} holds NaN or inf; make the checkpoint again")
             if original is not None:
                 errors.add(name, rows, original.rows(name, start, stop))
+        if isinstance(source, HlwqSource) and name not in source.matrices and errors.error.get(name):
+            raise CheckpointError(
+                f"{source.path}: {name} is not coded, but differs from the reference {original.path}; "  # type: ignore[union-attr]
+                "give the model it was made from"
+            )
     if original is not None:
         absent = next((name for name in original.parameters if name not in source.parameters), None)
         if absent is not None:
@@ -129,34 +151,42 @@ def _walk(source: WeightSource, original: PlainSource | None, errors: _Errors) -
             )
 
 
-def _walk_int4(source: Int4Source, original: PlainSource | None, errors: _Errors) -> None:
-    if original is None:
-        for module in source.modules:
-            source.weight(module)
-        return
-    compared = set()
-    for name in original.parameters:
-        matrices = expert_matrices(original, name)
-        linear = linear_matrix(original, name) if matrices is None else None
-        for matrix in matrices or ([linear] if linear else []):
-            if f"{matrix.module}.weight_packed" in source.folder.tensors:
-                found = source.weight(matrix.module)
-                if tuple(found.shape) != matrix.shape:
-                    raise CheckpointError(
-                        f"{source.folder.path}: {matrix.module} is {list(found.shape)}, in the reference "
-                        f"{list(matrix.shape)}; give the model it was made from"
-                    )
-                errors.add(name, found, matrix.read())
-                compared.add(matrix.module)
-            elif f"{matrix.module}.weight" not in source.folder.tensors:
-                raise CheckpointError(
-                    f"{source.folder.path}: {matrix.module} of the reference is missing; export again"
-                )
-        if name in source.folder.tensors:
-            rows = original.parameters[name].columns
-            errors.add(name, source.folder.tensor(name).reshape(-1, rows), original.rows(name, 0, 2**62))
-    unknown = next((module for module in source.modules if module not in compared), None)
-    if unknown is not None:
-        raise CheckpointError(
-            f"{source.folder.path}: {unknown} is not in the reference; give the model it was made from"
-        )
+def _compare_int4(source: Int4Source, original: PlainSource, errors: _Errors) -> None:
+    """Compare matrix by matrix, because the original may hold experts as stacks or one by one."""
+    left = {*source.stems, *source.plain}
+    for name, parameter in original.parameters.items():
+        matrices = expert_matrices(original, name) or []
+        linear = None if matrices else linear_matrix(original, name)
+        if linear is not None and linear.stem in left:
+            matrices = [linear]
+        for matrix in matrices:
+            _take(left, matrix.stem, source, original)
+            found = source.matrix(matrix.stem)
+            if tuple(found.shape) != matrix.shape:
+                raise _unlike(source, matrix.module, tuple(found.shape), matrix.shape)
+            errors.add(name, found, matrix.read())
+        biases = expert_biases(original, name) or []
+        for bias in biases:
+            _take(left, bias.name, source, original)
+            errors.add(name, source.rows(bias.name, 0, 1)[0], bias.read())
+        if matrices or biases:
+            continue
+        _take(left, name, source, original)
+        if source.parameters[name].shape != parameter.shape:
+            raise _unlike(source, name, source.parameters[name].shape, parameter.shape)
+        for start, stop in pieces(parameter):
+            errors.add(name, source.rows(name, start, stop), original.rows(name, start, stop))
+    if left:
+        raise CheckpointError(f"{source.path}: {min(left)} is not in the reference; give the model it was made from")
+
+
+def _take(left: set[str], key: str, source: Int4Source, original: PlainSource) -> None:
+    if key not in left:
+        raise CheckpointError(f"{source.path}: {key} of the reference {original.path} is missing; export it again")
+    left.remove(key)
+
+
+def _unlike(source: Int4Source, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{source.path}: {name} is {list(found)}, in the reference {list(wanted)}; give the model it was made from"
+    )

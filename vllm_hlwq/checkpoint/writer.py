@@ -2,70 +2,43 @@
 
 Everything is written to ``OUT.partial`` beside the wanted folder, which only takes its name when all shards have been
 read back and held to their sums. An interrupted conversion leaves finished shards there; the same command takes them
-up again after checking them. safetensors has no writer that streams, and a shard at a time in memory would break the
-bound on memory for a model whose largest tensor exceeds it, so shards are laid out here and read back through it.
+up again after checking them.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
-import math
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import BaseModel
 
 from ..errors import CheckpointError
-from .hashes import HashList, byte_view, describe
-from .metadata import HASHES
-from .tensor_folder import DTYPE_NAMES, TensorFolder, read_json
+from .hashes import HashList
+from .metadata import HASHES, parse
+from .shard import Group, Produce, shard_index, shard_name, shards_of, sync, write_shard
+from .tensor_folder import TensorFolder, read_json
 
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
-_PROGRESS = "progress.json"
+_PROGRESS = ".hlwq_progress.json"
+"""Hidden, so that it is no name of a file to copy."""
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """A tensor that is to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+class _FinishedShard(BaseModel):
+    tensors: dict[str, dict[str, Any]]
+    notes: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Tensors that are produced together, from one parameter; a group is never split between shards."""
+class _Progress(BaseModel):
+    """What an unfinished conversion is of, and how far it has come."""
 
-    parameter: str
-    tensors: tuple[TensorPlan, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors)
-
-
-Produce = Callable[[Group], Iterator[tuple[str, torch.Tensor]]]
-"""Yields the bytes of a group's tensors, piece by piece; the pieces of one tensor in order."""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    task: dict[str, Any]
+    shards: dict[str, _FinishedShard]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,19 +55,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def shards_of(groups: list[Group], limit: int) -> list[list[Group]]:
-    """Deal groups to shards in order, opening a new one when the next group would exceed the limit."""
-    shards: list[list[Group]] = [[]]
-    size = 0
-    for group in groups:
-        if shards[-1] and size + group.bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(group)
-        size += group.bytes
-    return shards
-
-
 class FolderWriter:
     """One conversion into one folder.
 
@@ -105,51 +65,84 @@ class FolderWriter:
         shard_bytes: size at which a new shard is opened.
 
     Raises:
-        CheckpointError: ``out`` is not empty, or an unfinished conversion of something else is in its place.
+        CheckpointError: ``out`` is not empty, an unfinished conversion of something else is in its place, or another
+            process is at it.
     """
 
     def __init__(self, out: Path, task: dict[str, Any], groups: list[Group], shard_bytes: int = SHARD_BYTES) -> None:
-        self.out = out
-        self.work = out.with_name(out.name + ".partial")
         if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
             raise CheckpointError(f"{out}: exists and is not an empty folder; choose another or remove it")
+        if out.resolve().is_mount():
+            raise CheckpointError(f"{out}: is a mount point, which cannot take a folder's place; choose one inside it")
+        self.out = out if out.name not in ("", "..") else out.resolve()
+        self.work = self.out.with_name(self.out.name + ".partial")
         self.shards = shards_of(groups, shard_bytes)
         self._entries: dict[str, Any] = {}
         self._notes: dict[str, Any] = {}
-        self._finished: dict[str, Any] = {}
+        self._finished: dict[str, _FinishedShard] = {}
+        self._held: int | None = None
         self._task = json.loads(json.dumps(task))
         self._begin()
 
     def _begin(self) -> None:
+        """Make the working folder, or take up the one that an equal task left."""
         progress = self.work / _PROGRESS
+        in_the_way = CheckpointError(f"{self.work}: is in the way of the conversion; remove it")
         if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
-            raise CheckpointError(f"{self.work}: is in the way of the conversion; remove it")
-        if progress.is_file():
-            state = read_json(progress)
-            if state.get("task") != self._task:
-                raise CheckpointError(
-                    f"{self.work}: holds an unfinished conversion of another source or with other options; remove it"
-                )
-            self._finished = state.get("shards", {})
-            return
-        if self.work.exists() and any(self.work.iterdir()):
-            raise CheckpointError(f"{self.work}: is in the way of the conversion; remove it")
+            raise in_the_way
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            write_json(progress, {"task": self._task, "shards": {}})
+            self._lock()
+            if progress.is_file():
+                self._resume(progress)
+            elif any(self.work.iterdir()):
+                raise in_the_way
+            else:
+                self._save_progress()
         except OSError as error:
+            self.release()
             raise self._failed(progress, error) from None
+        except CheckpointError:
+            self.release()
+            raise
+
+    def _lock(self) -> None:
+        """Hold the working folder against a second process; the system lets go of it with this one."""
+        self._held = os.open(self.work, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.work}: another conversion is writing there; wait for it to end") from None
+        except OSError:
+            self.release()  # a file system without locks
+
+    def release(self) -> None:
+        """Let another process take up the working folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _resume(self, progress: Path) -> None:
+        try:
+            state: _Progress = parse(_Progress, read_json(progress), progress)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.work}: cannot be taken up ({error}); remove it") from None
+        if state.task != self._task:
+            raise CheckpointError(
+                f"{self.work}: holds an unfinished conversion of another source or with other options; remove it"
+            )
+        self._finished = state.shards
+        for leftover in self.work.glob("*.tmp"):
+            leftover.unlink()
+
+    def _save_progress(self) -> None:
+        write_json(self.work / _PROGRESS, _Progress(task=self._task, shards=self._finished).model_dump())
 
     def _failed(self, path: Path, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); "
+            f"{error.filename or path}: cannot be written ({error.strerror or error}); "
             "make room or choose another folder, then run the same command: finished shards are kept"
         )
-
-    def shard_name(self, index: int) -> str:
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -170,72 +163,42 @@ class FolderWriter:
         Raises:
             CheckpointError: a finished shard was changed, or the disk is full.
         """
-        for index, groups in enumerate(self.shards):
-            name = self.shard_name(index)
-            if name in self._finished and (self.work / name).is_file():
-                self._take_up(name)
-            else:
-                self._notes_before = set(self._notes)
-                try:
-                    entries = self._write_shard(self.work / name, groups, produce)
-                except OSError as error:
-                    raise self._failed(self.work / name, error) from None
-                notes = {key: self._notes[key] for key in self._notes if key not in self._notes_before}
-                self._finished[name] = {"tensors": entries, "notes": notes}
-                self._entries.update(entries)
-                try:
-                    write_json(self.work / _PROGRESS, {"task": self._task, "shards": self._finished})
-                except OSError as error:
-                    raise self._failed(self.work / _PROGRESS, error) from None
-            for group in groups:
-                advance(group)
+        try:
+            for index, groups in enumerate(self.shards):
+                path = self.work / shard_name(index, len(self.shards))
+                if path.name in self._finished and path.is_file():
+                    self._take_up(path)
+                else:
+                    self._make(path, groups, produce)
+                for group in groups:
+                    advance(group)
+        except BaseException as error:
+            self.release()
+            if isinstance(error, OSError):
+                raise self._failed(path, error) from None
+            raise
 
-    def _take_up(self, name: str) -> None:
-        finished = self._finished[name]
-        HashListOfFile(self.work / name, finished["tensors"]).check_all()
-        self._entries.update(finished["tensors"])
-        self._notes.update(finished["notes"])
+    def _make(self, path: Path, groups: list[Group], produce: Produce) -> None:
+        before = set(self._notes)
+        entries = write_shard(path, groups, produce)
+        notes = {key: value for key, value in self._notes.items() if key not in before}
+        self._finished[path.name] = _FinishedShard(tensors=entries, notes=notes)
+        self._entries.update(entries)
+        self._save_progress()
 
-    def _write_shard(self, path: Path, groups: list[Group], produce: Produce) -> dict[str, Any]:
-        """Stream a shard to a temporary file, sync it and give it its name; return the entries of its tensors."""
-        # Wide dtypes first, so that every tensor is aligned to its own size.
-        plans = sorted((t for group in groups for t in group.tensors), key=lambda t: (-t.dtype.itemsize, t.name))
-        offsets, end = {}, 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for plan in plans:
-            offsets[plan.name] = end
-            header[plan.name] = {
-                "dtype": DTYPE_NAMES[plan.dtype],
-                "shape": list(plan.shape),
-                "data_offsets": [end, end + plan.bytes],
-            }
-            end += plan.bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        by_name = {plan.name: plan for plan in plans}
-        written = dict.fromkeys(by_name, 0)
-        digests = {name: hashlib.sha256() for name in by_name}
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk is noticed before the work is done
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.flush()
-            for group in groups:
-                for name, piece in produce(group):
-                    if piece.dtype != by_name[name].dtype:
-                        raise RuntimeError(f"{name}: produced as {piece.dtype}, planned as {by_name[name].dtype}")
-                    data = byte_view(piece)
-                    digests[name].update(data)
-                    _write_at(file.fileno(), data, start + offsets[name] + written[name])
-                    written[name] += len(data)
-            short = next((name for name, plan in by_name.items() if written[name] != plan.bytes), None)
-            if short is not None:
-                raise RuntimeError(f"{short}: {written[short]} of {by_name[short].bytes} bytes were produced")
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-        return {n: describe(p.dtype, p.shape, digests[n].hexdigest()) for n, p in by_name.items()}
+    def _take_up(self, path: Path) -> None:
+        finished = self._finished[path.name]
+        try:
+            hashes = HashList(TensorFolder(path), finished.tensors)
+            for name in hashes.entries:
+                hashes.check(name)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path}: was finished by an earlier attempt and is damaged now; remove it and run the same command "
+                f"({error})"
+            ) from None
+        self._entries.update(finished.tensors)
+        self._notes.update(finished.notes)
 
     def finish(self, files: dict[str, Any], copies: list[Path]) -> None:
         """Write the index and the other files, read all weights back, and give the folder its name.
@@ -254,41 +217,18 @@ class FolderWriter:
                 write_json(self.work / name, content)
             write_text(self.work / HASHES, json.dumps(self._entries, separators=(",", ":")) + "\n")
             if len(self.shards) > 1:
-                write_json(self.work / INDEX, self._index())
+                write_json(self.work / INDEX, shard_index(self.shards))
             hashes = HashList.read(TensorFolder(self.work))
             assert hashes is not None
             for name in hashes.entries:
                 hashes.check(name)
-            for path in self.work.iterdir():
-                _sync(path)
-            (self.work / _PROGRESS).unlink()
+            for path in (*self.work.iterdir(), self.work):
+                sync(path)
             self.work.replace(self.out)
-            _sync(self.out.parent)
+            # Last, so that a conversion cut off before the folder had its name can still be taken up.
+            (self.out / _PROGRESS).unlink()
+            sync(self.out.parent)
         except OSError as error:
             raise self._failed(self.work, error) from None
-
-    def _index(self) -> dict[str, Any]:
-        weight_map = {
-            tensor.name: self.shard_name(index)
-            for index, groups in enumerate(self.shards)
-            for group in groups
-            for tensor in group.tensors
-        }
-        return {"metadata": {"total_size": sum(g.bytes for s in self.shards for g in s)}, "weight_map": weight_map}
-
-
-class HashListOfFile(HashList):
-    """The sums of one shard."""
-
-    def __init__(self, path: Path, entries: dict[str, Any]) -> None:
-        super().__init__(TensorFolder(path), entries)
-
-    def check_all(self) -> None:
-        for name in self.entries:
-            self.check(name)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
+        finally:
+            self.release()

@@ -3,11 +3,15 @@
 The nearest level is found through a table of narrow, equal cells, each of which at most one decision threshold
 crosses: one look-up gives the code below the threshold, one the threshold, and a comparison the rest. That is exact,
 where comparing with every level would need ``levels`` times the memory and a binary search ten times the time.
+
+All there is to work in are four buffers of the size of the blocks: ``blocks``, ``rotated``, ``work`` and ``indices``.
+What is done with serves what comes next: codes lie where the coordinates were, packing works where the look-ups did.
 """
 
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +21,7 @@ from .codebooks import boundaries
 from .hadamard import sylvester
 from .packing import pack, unpack_pairs
 from .scratch import Scratch
-from .search import LEAST_START, MIN_NORM, HalfFilled, LevelCells
+from .search import LEAST_START, MIN_NORM, HalfFilled, LevelCells, dot
 
 MAX_NORM = 65504.0
 """Largest float16."""
@@ -85,12 +89,21 @@ class BlockCoder:
         self.table = table.to(device)
         self.hadamard = sylvester(block_size, device)
         self.scratch = Scratch(device)
+        self._twins: list[BlockCoder] = []
         self._prepare_cells(table)
         # Decoding's factor of 1 / block_size is in the table; a pair of levels is one 8-byte look-up.
         scaled = table / block_size
         pairs = torch.stack([scaled.repeat_interleave(len(table)), scaled.repeat(len(table))], dim=1).contiguous()
         self._scaled = scaled.to(device)
         self._pairs = pairs.view(torch.float64).view(-1).to(device)
+
+    def twins(self, count: int) -> list[BlockCoder]:
+        """This coder and ``count - 1`` more that share its tables, each with working memory of its own."""
+        while len(self._twins) < count - 1:
+            twin = copy(self)
+            twin.scratch = Scratch(self.device)
+            self._twins.append(twin)
+        return [self, *self._twins[: count - 1]]
 
     def _prepare_cells(self, table: torch.Tensor) -> None:
         thresholds = boundaries(table)
@@ -100,52 +113,62 @@ class BlockCoder:
         self._limit = float(table.abs().max()) + 1
         self._resolution = 16
         while True:
-            cells = (below * self._resolution).to(torch.int32)  # towards zero, as in _nearest
-            self._zero = math.ceil(self._limit * self._resolution) + 1
+            self._zero = torch.tensor(float(math.ceil(self._limit * self._resolution) + 1))
+            cells = self._cell_of(below)
             if bool((cells.diff() > 0).all()):
                 break
             self._resolution *= 2
             if self._limit * self._resolution > MAX_CELLS:
                 raise ValueError("two levels of the codebook are too close to tell apart")
-        index = torch.arange(2 * self._zero + 1) - self._zero
+        index = torch.arange(2 * int(self._zero) + 1)
         lower = torch.searchsorted(cells.long(), index)  # thresholds in lower cells
         threshold = torch.full((len(index),), math.inf)
-        threshold[cells.long() + self._zero] = below
+        threshold[cells.long()] = below
         self._lower_code = lower.to(torch.uint8).to(self.device)
         self._threshold = threshold.to(self.device)
+        self._zero = self._zero.to(self.device)
+
+    def _cell_of(
+        self, z: torch.Tensor, work: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Cell of each coordinate, int32. The sum is rounded, but never to another order, so the table stays exact."""
+        position = torch.add(self._zero, z, alpha=self._resolution, out=work)
+        return position.to(torch.int32) if out is None else out.copy_(position)
 
     def _nearest(self, z: torch.Tensor) -> torch.Tensor:
-        """Code of the level nearest to each coordinate of ``z``, ties to the lower; ``z`` is clamped in place."""
+        """Code of the level nearest to each coordinate of ``z``, ties to the lower; ``z``'s memory holds them then."""
         z.clamp_(-self._limit, self._limit)
-        work = self.scratch.take("thresholds", z.shape, torch.float32)
-        cells = self.scratch.take("indices", z.shape, torch.int32)
-        cells.copy_(torch.mul(z, self._resolution, out=work)).add_(self._zero)
-        codes = self.scratch.take("codes", z.shape, torch.uint8)
-        torch.index_select(self._lower_code, 0, cells.view(-1), out=codes.view(-1))
-        torch.index_select(self._threshold, 0, cells.view(-1), out=work.view(-1))
-        above = self.scratch.take("above", z.shape, torch.bool)
-        codes += torch.gt(z, work, out=above).view(torch.uint8)
-        return codes
+        work = self.scratch.take("work", z.shape, torch.float32)
+        cells = self._cell_of(z, work, self.scratch.take("indices", z.shape, torch.int32)).view(-1)
+        torch.index_select(self._threshold, 0, cells, out=work.view(-1))
+        # Above the threshold the difference is negative and its sign, spread over the word, -1: half a comparison's
+        # time. Equal numbers differ by +0.
+        signs = work.sub_(z).view(torch.int32).bitwise_right_shift_(31)
+        codes = z.view(-1).view(torch.uint8)[: z.numel()]
+        torch.index_select(self._lower_code, 0, cells, out=codes)
+        above = self.scratch.take("indices", codes.shape, torch.int8).copy_(signs.view(-1))
+        codes.view(torch.int8).sub_(above)
+        return codes.view(z.shape)
 
     def _levels(self, codes: torch.Tensor) -> torch.Tensor:
-        """Level of each code, in the memory that ``_nearest`` used for thresholds."""
+        """Level of each code, in working memory."""
         index = self.scratch.take("indices", codes.shape, torch.int32).copy_(codes)
-        levels = self.scratch.take("thresholds", codes.shape, torch.float32)
+        levels = self.scratch.take("work", codes.shape, torch.float32)
         torch.index_select(self.table, 0, index.view(-1), out=levels.view(-1))
         return levels
 
     def _choose(
         self, rotated: torch.Tensor, scale: torch.Tensor, refinement: Refinement
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes, in scratch memory, and factor [m] of blocks, starting from ``scale`` [m]."""
-        z = self.scratch.take("z", rotated.shape, torch.float32)
+        """Codes, in scratch memory, where the blocks may have been, and factor [m], starting from ``scale`` [m]."""
+        z = self.scratch.take("blocks", rotated.shape, torch.float32)
         for _ in range(refinement.rounds + 1):
             codes = self._nearest(torch.div(rotated, scale.unsqueeze(1), out=z))
             if not refinement.gain:
                 break
             levels = self._levels(codes)
-            along = torch.linalg.vecdot(rotated, levels)
-            scale = (along / torch.linalg.vecdot(levels, levels)).clamp_(min=MIN_NORM)
+            along = dot(rotated, levels, self.scratch)
+            scale = (along / dot(levels, levels, self.scratch)).clamp_(min=MIN_NORM)
         return codes, scale
 
     def encode(
@@ -223,7 +246,7 @@ class BlockCoder:
     def decode(self, packed: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """Weights float32 ``[m, block_size]`` of packed codes and norms [m]; in scratch memory until the next call."""
         count = len(norms) * self.block_size
-        levels = self.scratch.take("levels", (len(norms), self.block_size), torch.float32)
+        levels = self.scratch.take("rotated", (len(norms), self.block_size), torch.float32)
         if self.bits == 8:
             index = self.scratch.take("indices", (count,), torch.int32).copy_(packed)
             torch.index_select(self._scaled, 0, index, out=levels.view(-1))
@@ -235,11 +258,11 @@ class BlockCoder:
     def decode_codes(self, codes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """As ``decode``, from codes uint8 ``[m, block_size]``."""
         index = self.scratch.take("indices", codes.shape, torch.int32).copy_(codes)
-        levels = self.scratch.take("levels", codes.shape, torch.float32)
+        levels = self.scratch.take("rotated", codes.shape, torch.float32)
         torch.index_select(self._scaled, 0, index.view(-1), out=levels.view(-1))
         return self._unrotate(levels, norms)
 
     def _unrotate(self, levels: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        weights = self.scratch.take("weights", levels.shape, torch.float32)
+        weights = self.scratch.take("blocks", levels.shape, torch.float32)
         torch.mm(levels, self.hadamard, out=weights)
         return weights.mul_(norms.float().unsqueeze(1))

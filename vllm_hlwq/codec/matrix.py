@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .blocks import CHUNK_BLOCKS, CUDA_CHUNK_BLOCKS, SEARCH, BlockCoder, Refinement
+from .chunks import for_each_chunk
 from .packing import packed_size
 
 
@@ -57,24 +58,24 @@ def quantize_matrix(
     row_bytes = packed_size(blocks * coder.block_size, coder.bits)
     packed = torch.empty(rows * row_bytes, dtype=torch.uint8, device=weight.device)
     norms = torch.empty(rows, blocks, dtype=torch.float16, device=weight.device)
-    error = 0.0
     padding = blocks * coder.block_size - in_features
-    step = _rows_at_a_time(blocks, coder.device)
-    for start in range(0, rows, step):
-        chunk = weight[start : start + step]
-        padded = _padded(chunk, blocks, coder)
-        target = packed[start * row_bytes : (start + len(chunk)) * row_bytes]
+
+    def quantize_rows(coder: BlockCoder, start: int, stop: int) -> float:
+        padded = _padded(weight[start:stop], blocks, coder)
+        target = packed[start * row_bytes : stop * row_bytes]
         same_device = target.device == coder.device
         codes = target if same_device else coder.scratch.take("packed", target.shape, torch.uint8)
         try:
-            factors, chunk_error = coder.encode(padded, refinement, codes, measure, blocks, padding)
+            factors, error = coder.encode(padded, refinement, codes, measure, blocks, padding)
         except ValueError as problem:
-            raise ValueError(f"{problem} (in rows {start} to {start + len(chunk) - 1})") from None
+            raise ValueError(f"{problem} (in rows {start} to {stop - 1})") from None
         if not same_device:
             target.copy_(codes)
-        norms[start : start + len(chunk)] = factors.view(-1, blocks)
-        error += chunk_error
-    return CodedMatrix(packed, norms, in_features, error)
+        norms[start:stop].copy_(factors.view(-1, blocks))
+        return error
+
+    errors = for_each_chunk(quantize_rows, coder, rows, _rows_at_a_time(blocks, coder.device))
+    return CodedMatrix(packed, norms, in_features, sum(errors))
 
 
 def _padded(chunk: torch.Tensor, blocks: int, coder: BlockCoder) -> torch.Tensor:
@@ -83,7 +84,7 @@ def _padded(chunk: torch.Tensor, blocks: int, coder: BlockCoder) -> torch.Tensor
     if chunk.shape[1] == width and chunk.dtype == torch.float32 and chunk.device == coder.device:
         return chunk.contiguous().view(-1, coder.block_size)
     padded = coder.scratch.take("blocks", (len(chunk), width), torch.float32)
-    padded[:, : chunk.shape[1]] = chunk
+    padded[:, : chunk.shape[1]].copy_(chunk)
     padded[:, chunk.shape[1] :] = 0
     return padded.view(-1, coder.block_size)
 
@@ -108,11 +109,13 @@ def dequantize_matrix(
         raise ValueError(f"{len(coded.packed)} bytes of codes where {rows} x {blocks} norms want {rows * row_bytes}")
     if out is None:
         out = torch.empty(rows, coded.in_features, dtype=dtype, device=coded.packed.device)
-    step = _rows_at_a_time(blocks, coder.device)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
+    result = out
+
+    def dequantize_rows(coder: BlockCoder, start: int, stop: int) -> None:
         packed = coded.packed[start * row_bytes : stop * row_bytes].to(coder.device)
         norms = coded.norms[start:stop].reshape(-1).to(coder.device)
         weights = coder.decode(packed, norms)
-        out[start:stop] = weights.view(stop - start, -1)[:, : coded.in_features]
-    return out
+        result[start:stop].copy_(weights.view(stop - start, -1)[:, : coded.in_features])
+
+    for_each_chunk(dequantize_rows, coder, rows, _rows_at_a_time(blocks, coder.device))
+    return result

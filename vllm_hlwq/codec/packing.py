@@ -23,7 +23,7 @@ _LANES = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFFFFF}
 
 def _merge(words: torch.Tensor, bits: int, order: BitOrder, scratch: Scratch) -> torch.Tensor:
     """Eight codes, one a byte, to one number of ``8 * bits`` bits; in place; the first code highest under ``msb``."""
-    second = scratch.take("other words", words.shape, torch.int64)
+    second = scratch.take("indices", words.shape, torch.int64)
     for lane, mask in _LANES.items():
         torch.bitwise_right_shift(words, lane, out=second).bitwise_and_(mask)
         words.bitwise_and_(mask)
@@ -34,7 +34,7 @@ def _merge(words: torch.Tensor, bits: int, order: BitOrder, scratch: Scratch) ->
 
 def _spread(words: torch.Tensor, bits: int, order: BitOrder, lane_bits: int, scratch: Scratch) -> torch.Tensor:
     """Undo the rounds of ``_merge``, in place, down to lanes of ``lane_bits`` with ``lane_bits // 8`` codes each."""
-    other = scratch.take("other words", words.shape, torch.int64)
+    other = scratch.take("indices", words.shape, torch.int64)
     for lane in (32, 16, 8):
         if lane < lane_bits:
             break
@@ -45,6 +45,12 @@ def _spread(words: torch.Tensor, bits: int, order: BitOrder, lane_bits: int, scr
         (words if order == "msb" else other).bitwise_left_shift_(lane)
         words.bitwise_or_(other)
     return words
+
+
+def _copy_bytes(source: torch.Tensor, target: torch.Tensor, count: int, order: BitOrder) -> None:
+    """The first ``count`` bytes of each row, reversed under ``msb``: column by column, twice as fast as ``flip``."""
+    for column in range(count):
+        target[:, column].copy_(source[:, count - 1 - column if order == "msb" else column])
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -78,16 +84,13 @@ def pack(
         out = torch.empty(size, dtype=torch.uint8, device=flat.device)
     if bits == 8:
         return out.copy_(flat)
-    words = scratch.take("words", ((len(flat) + 7) // 8,), torch.int64)
+    words = scratch.take("work", ((len(flat) + 7) // 8,), torch.int64)
     words[-1:] = 0  # codes that fill up the last eight
-    words.view(torch.uint8)[: len(flat)] = flat
-    numbers = _merge(words, bits, order, scratch).view(torch.uint8).view(-1, 8)[:, :bits]
-    stream = numbers.flip(1) if order == "msb" else numbers
-    if size % bits == 0:
-        out.view(-1, bits).copy_(stream)
-    else:
-        out.copy_(stream.reshape(-1)[:size])
-    return out
+    words.view(torch.uint8)[: len(flat)].copy_(flat)
+    numbers = _merge(words, bits, order, scratch).view(torch.uint8).view(-1, 8)
+    stream = out if size % bits == 0 else torch.empty(len(words) * bits, dtype=torch.uint8, device=out.device)
+    _copy_bytes(numbers, stream.view(-1, bits), bits, order)
+    return out if stream is out else out.copy_(stream[:size])
 
 
 def _lanes(
@@ -101,8 +104,8 @@ def _lanes(
     if len(packed) % bits:
         packed = torch.nn.functional.pad(packed, (0, -len(packed) % bits))
     stream = packed.view(-1, bits)
-    words = scratch.take("words", (len(stream),), torch.int64).zero_()
-    words.view(torch.uint8).view(-1, 8)[:, :bits] = stream.flip(1) if order == "msb" else stream
+    words = scratch.take("work", (len(stream),), torch.int64)  # bytes beyond the number are masked away
+    _copy_bytes(stream, words.view(torch.uint8).view(-1, 8), bits, order)
     return _spread(words, bits, order, lane_bits, scratch)
 
 

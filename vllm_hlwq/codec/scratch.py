@@ -16,13 +16,20 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor; it shares memory with earlier ones of the same name and dtype."""
-        count = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or len(buffer) < count:
-            buffer = torch.empty(count, dtype=dtype, device=self.device)
-            self._buffers[name, dtype] = buffer
-        return buffer[:count].view(shape)
+        """An uninitialised tensor; it shares memory with earlier ones of the same name, whatever their dtype."""
+        size = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            # The old buffer goes first: both would be there at once.
+            self._buffers.pop(name, None)
+            del buffer
+            buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return buffer[:size].view(dtype).view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -21,6 +21,11 @@ LEAST_START = 0.5
 """Least multiple of a block's norm that is tried: it bounds the cells."""
 
 
+def dot(a: torch.Tensor, b: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Inner products ``[m]`` of blocks; ``vecdot`` would take new memory for their elements' products."""
+    return torch.mul(a, b, out=scratch.take("indices", a.shape, torch.float32)).sum(1)
+
+
 class LevelCells:
     """A table of equal cells that gives a coordinate's level with one look-up.
 
@@ -45,7 +50,7 @@ class LevelCells:
 
     def cells(self, rotated: torch.Tensor, scale: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """Cell int32 ``[m, n]`` of each coordinate ``[m, n]`` divided by the scale ``[m]``, in scratch memory."""
-        work = scratch.take("thresholds", rotated.shape, torch.float32)
+        work = scratch.take("work", rotated.shape, torch.float32)
         per_unit = (self._resolution / scale).unsqueeze(1)
         torch.addcmul(self._offset, rotated, per_unit, out=work)
         return scratch.take("indices", rotated.shape, torch.int32).copy_(work)  # above zero, so this is the floor
@@ -62,10 +67,9 @@ class LevelCells:
             Both ``[m]``. A block's squared error is its energy less the fitted energy.
         """
         cells = self.cells(rotated, scale, scratch)
-        levels = scratch.take("thresholds", rotated.shape, torch.float32)
+        levels = scratch.take("work", rotated.shape, torch.float32)
         torch.index_select(self._levels, 0, cells.view(-1), out=levels.view(-1))
-        along = torch.linalg.vecdot(rotated, levels)
-        energy = torch.linalg.vecdot(levels, levels)
+        along, energy = dot(rotated, levels, scratch), dot(levels, levels, scratch)
         return (along / energy).clamp_(min=MIN_NORM), along * along / energy
 
     def best(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.model_executor.layers.quantization.utils.marlin_utils import check_moe_marlin_supports_config
 
-from vllm_hlwq.marlin_moe import marlin_obstacle
+from vllm_hlwq.marlin_shapes import marlin_obstacle
 
 
 @given(

@@ -1,0 +1,183 @@
+"""One engine in one process: starts it, measures prefill and decoding, and writes what it found as JSON.
+
+    python benchmarks/engine_run.py RESULT.json < SPECIFICATION.json
+
+Run by ``throughput.py``, which gives every configuration a process of its own: memory is clean, and a failure is that
+process's. Prompts are fixed token ids, different for every repetition and equal for every configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+WARM_UP_TOKENS = 3
+FIRST_PLAIN_TOKEN = 3  # past padding, end and beginning
+
+
+def gpu_memory(worker: Any) -> dict[str, int]:
+    """Bytes on the worker's GPU: torch's peaks, and what is in use now by whatever process."""
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+        "in_use": total - free,
+    }
+
+
+class Engine:
+    """vLLM's offline engine with the counters of its expert cache, if it has one."""
+
+    def __init__(self, model: str, cached: bool, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        start = time.perf_counter()
+        self.llm = LLM(model, **arguments)
+        self.start_up_seconds = time.perf_counter() - start
+        self.cached = cached
+        self.sizes = self.llm.collective_rpc("expert_cache_sizes")[0] if cached else None
+        self.vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
+
+    def prompts(self, seed: str, count: int, tokens: int) -> list[dict[str, list[int]]]:
+        draw = random.Random(seed)
+        return [
+            {"prompt_token_ids": [draw.randrange(FIRST_PLAIN_TOKEN, self.vocab_size) for _ in range(tokens)]}
+            for _ in range(count)
+        ]
+
+    def counters(self) -> dict[str, int]:
+        """Counters over all layers of the first rank, zero without a cache."""
+        if not self.cached:
+            return {}
+        layers = list(self.llm.collective_rpc("expert_cache_counters")[0].values())
+        return {name: sum(layer[name] for layer in layers) for name in layers[0]}
+
+    def timed(self, prompts: list[dict[str, list[int]]], tokens: int) -> float:
+        """Seconds to generate exactly ``tokens`` tokens for each prompt."""
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, greedy(tokens), use_tqdm=False)
+        seconds = time.perf_counter() - start
+        made = {len(output.outputs[0].token_ids) for output in outputs}
+        if made != {tokens}:
+            raise RuntimeError(f"asked for {tokens} tokens a prompt, the engine made {sorted(made)}")
+        return seconds
+
+    def counted(self, prompts: list[dict[str, list[int]]], tokens: int) -> dict[str, dict[str, int]]:
+        """What the cache counts while the prompts are read, and afterwards while they are all decoded.
+
+        The border is where every prompt has a token. An engine that schedules ahead may be some steps further then:
+        those count as prefill, and the steps that the cache counted say how many the rest is.
+        """
+        engine, start = self.llm.llm_engine, self.counters()
+        reading = {f"counted {number}" for number in range(len(prompts))}
+        for name, prompt in zip(sorted(reading), prompts, strict=True):
+            engine.add_request(name, prompt, greedy(tokens))
+        border = None
+        while engine.has_unfinished_requests():
+            reading -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+            if border is None and not reading:
+                border = self.counters()
+        end = self.counters()
+        if border is None:
+            raise RuntimeError(f"no token came for {sorted(reading)}")
+        return {"prefill": difference(border, start), "decode": difference(end, border)}
+
+
+def greedy(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def difference(later: dict[str, int], earlier: dict[str, int]) -> dict[str, int]:
+    return {name: amount - earlier[name] for name, amount in later.items()}
+
+
+def measure_batch(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Prefill and decoding at one batch size: medians of seconds, and the counters of one request more.
+
+    A request of one token is its prefill. A request of 1 + n is the same prefill and n steps more, so the difference
+    of the medians is n steps of decoding. Prompts that do not fit one chunk together begin to decode while others are
+    still read; the difference then holds fewer than n whole steps of the whole batch.
+    """
+    engine.timed(engine.prompts(f"warm-up {batch}", batch, prompt_tokens), WARM_UP_TOKENS)
+    prefills, requests = [], []
+    for repeat in range(repeats):
+        prompts = engine.prompts(f"{repeat} {batch}", batch, prompt_tokens)
+        prefills.append(engine.timed(prompts, 1))
+        requests.append(engine.timed(prompts, 1 + new_tokens))
+    prefill_seconds = median(prefills)
+    decode_seconds = median(requests) - prefill_seconds
+    if decode_seconds <= 0:
+        raise RuntimeError(
+            f"{1 + new_tokens} tokens took no longer than 1; measure with more --new-tokens or --repeats"
+        )
+    return {
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "prefill_seconds": prefill_seconds,
+        "prefill_tokens_per_second": batch * prompt_tokens / prefill_seconds,
+        "step_milliseconds": 1e3 * decode_seconds / new_tokens,
+        "decode_tokens_per_second": batch * new_tokens / decode_seconds,
+        **cache_figures(engine, engine.prompts(f"counted {batch}", batch, prompt_tokens), new_tokens),
+    }
+
+
+def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_tokens: int) -> dict[str, Any]:
+    """Hit rates and bytes moved; nothing without a cache, no rate where all experts are resident."""
+    if not engine.cached:
+        return {}
+    counts, layers = engine.counted(prompts, 1 + new_tokens), engine.sizes["layers"]
+    prefill, decode = counts["prefill"], counts["decode"]
+    steps = decode["steps"] / layers
+    moved = decode["h2d_bytes"] / steps if steps else 0.0  # all resident: the cache counts no step
+    return {
+        "prefill_hit_rate": prefill["hits"] / prefill["queries"] if prefill["queries"] else None,
+        "prefill_bytes": prefill["h2d_bytes"],
+        "decode_hit_rate": decode["hits"] / decode["queries"] if decode["queries"] else None,
+        "decode_bytes_per_step": moved,
+        "decode_bytes_per_token": moved / len(prompts),
+        "counted_decode_steps": steps,
+    }
+
+
+def run(specification: dict[str, Any]) -> dict[str, Any]:
+    """Measure the specified engine at all its batch sizes."""
+    if not torch.cuda.is_available():
+        # Else the engine is ahead of this process by some steps when its counters are read.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    engine = Engine(specification["model"], specification["cached"], specification["engine"])
+    sizes = ("prompt_tokens", "new_tokens", "repeats")
+    measurements = [
+        measure_batch(engine, batch, *(specification[size] for size in sizes)) for batch in specification["batches"]
+    ]
+    return {
+        "start_up_seconds": engine.start_up_seconds,
+        "expert_cache": engine.sizes,
+        "gpu_memory": engine.llm.collective_rpc(gpu_memory)[0] if torch.cuda.is_available() else None,
+        "measurements": measurements,
+    }
+
+
+def probe(_: dict[str, Any]) -> dict[str, Any]:
+    """The machine and its link, in a process that gives its GPU memory back."""
+    from vllm_hlwq.bench import environment
+    from vllm_hlwq.bench.link import host_to_device_bandwidth
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"environment": environment.describe(), "bytes_per_second": host_to_device_bandwidth(device)}
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    Path(sys.argv[1]).write_text(json.dumps({"probe": probe, "engine": run}[given["task"]](given)))

@@ -1,0 +1,118 @@
+"""Working memory of the codec, and the threads that share out a matrix: four times a chunk for each, and no more."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_hlwq.codec import GAIN, NORM, SEARCH, BlockCoder, Refinement, codebook, dequantize_matrix, quantize_matrix
+from vllm_hlwq.codec.blocks import CHUNK_BLOCKS
+from vllm_hlwq.codec.chunks import for_each_chunk
+
+CPU = torch.device("cpu")
+CHUNK_BYTES = CHUNK_BLOCKS * 128 * 4
+
+
+class NewMemory(TorchDispatchMode):
+    """Adds up what operations allocate, but for the tensors listed as known; freeing gives nothing back."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.seen:
+                self.seen.add(tensor.untyped_storage().data_ptr())
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("refinement", [NORM, GAIN, SEARCH], ids=["norm", "gain", "search"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("columns", "bits"), [(128, 5), (200, 3), (512, 8)])
+def test_a_coder_keeps_four_times_a_chunk(refinement: Refinement, dtype: torch.dtype, columns: int, bits: int) -> None:
+    coder = BlockCoder(codebook("C", bits), 128, CPU)
+    blocks = -(-columns // 128)
+    weight = torch.randn(2 * CHUNK_BLOCKS // blocks, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    coded = quantize_matrix(weight, coder, refinement, measure=True)
+    dequantize_matrix(coded, coder)
+    for twin in coder.twins(2):
+        assert twin.scratch.nbytes <= 4 * CHUNK_BYTES
+    assert coder.scratch.nbytes >= 3 * CHUNK_BYTES  # it is there that the work is done
+
+
+@pytest.mark.parametrize("refinement", [NORM, GAIN], ids=["norm", "gain"])
+def test_nothing_of_a_chunk_s_size_is_allocated_beside_it(refinement: Refinement) -> None:
+    """One chunk, and so in this thread: operations' outputs outside the coder's buffers are a few numbers a block."""
+    coder = BlockCoder(codebook("C", 5), 128, CPU)
+    weight = torch.randn(CHUNK_BLOCKS, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    coded = quantize_matrix(weight, coder, refinement, measure=True)
+    restored = dequantize_matrix(coded, coder)
+    known = [*coder.scratch._buffers.values(), coder.hadamard, coder.table, weight]
+    with NewMemory(*known) as encoding:
+        coded = quantize_matrix(weight, coder, refinement, measure=True)
+    with NewMemory(*known, coded.packed, coded.norms, restored) as decoding:
+        dequantize_matrix(coded, coder, out=restored)
+    assert sum(encoding.sizes) - coded.packed.nbytes - coded.norms.nbytes < CHUNK_BYTES / 4
+    assert sum(decoding.sizes) < CHUNK_BYTES / 4
+
+
+def test_threads_change_nothing() -> None:
+    """As many threads as cores, or one: the same codes, norms and weights to the last bit."""
+    weight = torch.randn(700, 2000, generator=torch.Generator().manual_seed(5))
+    coder = BlockCoder(codebook("C", 5), 128, CPU)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            coded = quantize_matrix(weight, coder, GAIN, measure=True)
+            results.append((coded.packed, coded.norms, dequantize_matrix(coded, coder), coded.squared_error))
+    finally:
+        torch.set_num_threads(threads)
+    for packed, norms, restored, error in results[1:]:
+        assert torch.equal(packed, results[0][0])
+        assert torch.equal(norms, results[0][1])
+        assert torch.equal(restored, results[0][2])
+        assert error == results[0][3]
+
+
+def test_chunks_cover_the_rows_in_order_and_the_first_failure_is_told() -> None:
+    coder = BlockCoder(codebook("C", 5), 128, CPU)
+    at_once: set[int] = set()
+
+    def work(twin: BlockCoder, start: int, stop: int) -> tuple[int, int]:
+        assert id(twin) not in at_once, "two threads share a coder's memory"
+        at_once.add(id(twin))
+        assert start < 40 or failing == 0, f"rows {start} to {stop}"
+        at_once.remove(id(twin))
+        return start, stop
+
+    failing = 0
+    assert for_each_chunk(work, coder, 103, 10) == [(start, min(start + 10, 103)) for start in range(0, 103, 10)]
+    assert for_each_chunk(work, coder, 0, 10) == []
+    failing = 1
+    with pytest.raises(AssertionError, match="rows 40 to 50"):
+        for_each_chunk(work, coder, 103, 10)
+
+
+def test_torch_keeps_its_threads() -> None:
+    """Workers hold torch to one thread each; threads made afterwards must not inherit that."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        quantize_matrix(torch.randn(4096, 256), BlockCoder(codebook("C", 5), 128, CPU), NORM)
+        seen: list[int] = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert (torch.get_num_threads(), seen) == (2, [2])
+    finally:
+        torch.set_num_threads(before)

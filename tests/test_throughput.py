@@ -1,0 +1,161 @@
+"""The throughput benchmark on a CPU: real engines, real counters; failures are rows with their reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from throughput import ENGINE_RUN, control_names, failure_reason, whole_numbers
+from throughput_report import add_predictions
+
+from vllm_hlwq.bench.environment import parse_nvidia_smi
+
+PROJECT = Path(__file__).parent.parent
+SIZE, TOO_LARGE = 4, 99
+
+
+@pytest.fixture(scope="session")
+def benchmark_model(tiny_int4: Path) -> Path:
+    """An INT4 checkpoint with a tokenizer; its layers have 16 experts, of which a token uses 4."""
+    return tiny_int4
+
+
+@pytest.fixture(scope="module")
+def result(benchmark_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("throughput") / "result.json"
+    done = subprocess.run(
+        [
+            sys.executable, str(ENGINE_RUN.with_name("throughput.py")), "--model", str(benchmark_model),
+            "--cache-sizes", f"{SIZE},16,{TOO_LARGE}", "--batches", "1,2", "--prompt-tokens", "12",
+            "--new-tokens", "8", "--repeats", "1", "--controls", "uva", "--routing", "measured_locality",
+            "--enforce-eager", "--out", str(out),
+        ],
+        # Threads that wait by spinning steal each other's time on two cores.
+        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text()), out.with_suffix(".png")
+
+
+def row(result: dict[str, Any], configuration: str, size: int) -> dict[str, Any]:
+    return next(r for r in result["rows"] if (r["configuration"], r["cache_size"]) == (configuration, size))
+
+
+@pytest.mark.server
+def test_misses_are_counted_in_the_engine_and_moved_in_whole_records(result: tuple[dict[str, Any], Path]) -> None:
+    found = row(result[0], "cache", SIZE)
+    assert found["status"] == "ok", found
+    cache = found["expert_cache"]
+    assert (cache["layers"], cache["experts"], cache["slots"]) == (3, 16, SIZE)
+    assert cache["slot_bytes"] == 3 * SIZE * cache["record_bytes"]
+    assert [m["batch"] for m in found["measurements"]] == [1, 2]
+    alone = found["measurements"][0]
+    assert alone["counted_decode_steps"] == 8
+    # A token needs 4 experts in each of 3 layers, and what is not hit is copied.
+    missed = 3 * 4 * (1 - alone["decode_hit_rate"]) * cache["record_bytes"]
+    assert alone["decode_bytes_per_token"] == pytest.approx(missed)
+    assert 0.2 < alone["decode_hit_rate"] < 0.7  # an expert stays with probability 0.45, whatever the weights say
+    assert alone["step_milliseconds"] == pytest.approx(1e3 / alone["decode_tokens_per_second"])
+
+
+@pytest.mark.server
+def test_with_all_experts_resident_nothing_moves_and_the_roofline_stands_on_it(
+    result: tuple[dict[str, Any], Path],
+) -> None:
+    everything, found = row(result[0], "cache", 16), row(result[0], "cache", SIZE)
+    assert everything["status"] == "ok", everything
+    assert result[0]["roofline_base"] == "cache"
+    for resident, cached in zip(everything["measurements"], found["measurements"], strict=True):
+        assert resident["decode_bytes_per_step"] == 0
+        transfer = cached["decode_bytes_per_step"] / result[0]["link_bytes_per_second"]
+        assert cached["predicted_step_milliseconds"] == pytest.approx(resident["step_milliseconds"] + 1e3 * transfer)
+
+
+@pytest.mark.server
+def test_what_cannot_run_is_a_row_that_says_why(result: tuple[dict[str, Any], Path]) -> None:
+    too_large = row(result[0], "cache", TOO_LARGE)
+    assert too_large["status"] == "failed"
+    assert "--moe-expert-cache-size 99 is more than the model's 16 experts" in too_large["reason"]
+    assert "CUDA" in row(result[0], "uva", SIZE)["reason"]
+    assert all(
+        r.get("reason", "") == r.get("reason", "").strip().splitlines()[0] for r in result[0]["rows"] if "reason" in r
+    )
+
+
+@pytest.mark.server
+def test_the_chart_shows_two_panels_with_lines(result: tuple[dict[str, Any], Path]) -> None:
+    image = matplotlib.image.imread(result[1])[..., :3]
+    assert image.shape[1] > 1.5 * image.shape[0]
+    coloured = (image.max(-1) - image.min(-1)) > 0.3  # lines and markers; axes and text are grey
+    half = image.shape[1] // 2
+    assert coloured[:, :half].any()
+    assert coloured[:, half:].any()
+
+
+def measured(name: str, size: int | None, step: float, slots: int | None = None, moved: float | None = None) -> dict:
+    measurement = {"batch": 1, "step_milliseconds": step}
+    cache = None if slots is None else {"slots": slots, "experts": 8}
+    if moved is not None:
+        measurement["decode_bytes_per_step"] = moved
+    return {"configuration": name, "cache_size": size, "status": "ok", "expert_cache": cache,
+            "measurements": [measurement]}  # fmt: skip
+
+
+def test_the_roofline_adds_the_transfer_to_marlins_resident_step() -> None:
+    rows = [
+        measured("cache", 2, 50.0, slots=2, moved=3e9),
+        measured("cache", 8, 6.0, slots=8, moved=0.0),
+        measured("resident", None, 4.0),
+        measured("resident:marlin", None, 5.0),
+        measured("uva:marlin", 2, 90.0),
+    ]
+    result = {"rows": rows, "link_bytes_per_second": 50e9}
+    add_predictions(result)
+    assert result["roofline_base"] == "resident:marlin"
+    assert rows[0]["measurements"][0]["predicted_step_milliseconds"] == pytest.approx(5 + 60)
+    assert "predicted_step_milliseconds" not in rows[4]["measurements"][0]
+
+
+LOG = """\
+(EngineCore pid=1) INFO 11-24 08:21:38 [core.py:1] fine
+(EngineCore pid=1) ERROR 11-24 08:21:38 [core.py:1512] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB
+Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "reason"),
+    [
+        (LOG, 1, "OutOfMemoryError: CUDA out of memory. Tried 2 GiB"),
+        ("[rank0]: ValueError: No common block size", 1, "ValueError: No common block size"),
+        ("ERROR 1 [x.py:3] Worker proc VllmWorker-0 died unexpectedly (exit code: -4), shutting down executor.\n"
+         "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue", 1,
+         "Worker proc VllmWorker-0 died unexpectedly (exit code: -4)"),
+        ("loading", -9, "ended by SIGKILL"),
+        ("", 3, "ended with code 3 and no error in its log"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_the_first_error_that_is_no_consequence(log: str, code: int, reason: str) -> None:
+    assert failure_reason(log, code) == reason
+
+
+def test_lists_of_numbers_and_controls() -> None:
+    assert whole_numbers("32,8,8") == [8, 32]
+    assert control_names("resident,uva:marlin") == ["resident", "uva:marlin"]
+    for function, text in ((whole_numbers, "0,4"), (whole_numbers, "a"), (control_names, "uvx")):
+        with pytest.raises(ValueError, match=text.split(",")[0]):
+            function(text)
+
+
+def test_the_gpu_is_described_by_nvidia_smi() -> None:
+    assert parse_nvidia_smi("NVIDIA H100 80GB HBM3, 570.86.15, 81559, 5, 16\n") == {
+        "gpu": "NVIDIA H100 80GB HBM3", "driver": "570.86.15", "gpu_memory_mib": 81559,
+        "pcie_generation": 5, "pcie_width": 16,
+    }  # fmt: skip

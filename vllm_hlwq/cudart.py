@@ -1,0 +1,75 @@
+"""The few calls of CUDA's runtime library that torch does not offer, through ctypes.
+
+The library is the one that torch has loaded into this process, so both speak of the same devices and the same memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any, Protocol
+
+MAPPED_AND_PORTABLE = 0x1 | 0x2
+"""cudaHostRegister: readable by kernels, and page-locked for every device of the process."""
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime that failed, with the runtime's own number and words for it."""
+
+
+class PageLocker(Protocol):
+    """What page-locking a region needs of the CUDA runtime. Addresses are integers, sizes bytes."""
+
+    def host_register(self, address: int, nbytes: int) -> None:
+        """Page-lock memory and map it for all devices; raises CudaError."""
+
+    def host_unregister(self, address: int) -> None:
+        """Undo ``host_register`` once no device can still be reading; raises CudaError."""
+
+    def device_address(self, address: int) -> int:
+        """Where kernels find page-locked memory; raises CudaError."""
+
+
+class CudaRuntime:
+    """``PageLocker`` of the CUDA runtime in this process, on its current device."""
+
+    def __init__(self) -> None:
+        """Find the library.
+
+        Raises:
+            CudaError: no CUDA runtime is loaded, as in a process with a CPU build of torch.
+        """
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        paths = [path for line in lines if "libcudart" in (path := line.split(maxsplit=5)[-1])]
+        if not paths:
+            raise CudaError("no CUDA runtime library (libcudart) is loaded; a CUDA build of torch brings it")
+        self.library = ctypes.CDLL(paths[0])
+        self.library.cudaGetErrorString.restype = ctypes.c_char_p
+
+    def check(self, status: int) -> None:
+        """Raise CudaError for a status other than success, and clear it so that torch does not report it later."""
+        if status:
+            self.library.cudaGetLastError()
+            raise CudaError(f"CUDA error {status}: {self.library.cudaGetErrorString(status).decode()}")
+
+    def host_register(self, address: int, nbytes: int) -> None:
+        region, size = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
+        self.check(self.library.cudaHostRegister(region, size, ctypes.c_uint(MAPPED_AND_PORTABLE)))
+
+    def host_unregister(self, address: int) -> None:
+        # A kernel or copy that still reads would fault.
+        self.check(self.library.cudaDeviceSynchronize())
+        self.check(self.library.cudaHostUnregister(ctypes.c_void_p(address)))
+
+    def device_address(self, address: int) -> int:
+        found = ctypes.c_void_p()
+        host: Any = ctypes.c_void_p(address)
+        self.check(self.library.cudaHostGetDevicePointer(ctypes.byref(found), host, ctypes.c_uint(0)))
+        assert found.value is not None
+        return found.value
+
+    def pci_id(self, device_index: int) -> str:
+        """PCI address of a device as /sys/bus/pci writes it, such as ``0000:17:00.0``."""
+        text = ctypes.create_string_buffer(32)
+        self.check(self.library.cudaDeviceGetPCIBusId(text, len(text), device_index))
+        return text.value.decode().lower()

@@ -1,0 +1,181 @@
+"""One layer's experts on CUDA: every decision of a step is made on the device, and the host only enqueues.
+
+``DeviceExpertCache.step`` is the way of a step: ids -> plan -> gather -> compute, wave by wave -> sum over top-k. All
+addresses and shapes are fixed, and how much is loaded is read from device memory, so a step can be captured in a CUDA
+graph. ``HostExpertCache`` is its counterpart where ids are read on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .expert_cache import COUNTERS
+from .gather_kernel import Gather
+from .host_store import HostStore, RecordLayout
+from .marlin_moe import Buffers, MarlinBackend
+from .plan_kernel import DeviceSlotTable, plan
+from .wave_blocks import Alignment, blocks_of_waves
+from .weight_bank import WeightBank
+
+
+@dataclass
+class Staging:
+    """Where experts without a slot are computed, shared by all layers of the same shape.
+
+    Several banks, so that one is filled on ``stream`` while another is computed.
+    """
+
+    banks: tuple[WeightBank, ...]
+    gathers: tuple[Gather, ...]
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def allocate(cls, rows: int, banks: int, layout: RecordLayout, device: torch.device) -> Staging:
+        """Make ``banks`` banks of ``rows`` experts each."""
+        made = tuple(WeightBank.allocate(rows, layout, device) for _ in range(banks))
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return cls(made, tuple(Gather(layout, bank) for bank in made), stream)
+
+    @property
+    def rows(self) -> int:
+        return self.banks[0].rows
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bank.nbytes for bank in self.banks)
+
+
+class DeviceExpertCache:
+    """Slots, table and backend of one layer.
+
+    Args:
+        store: the layer's experts in the kernels' layout, page-locked; None if all are resident in ``slot_bank``.
+        slot_bank: the layer's slots; all experts, row = expert, when there is no store.
+        staging: None when all are resident.
+        backend: computes experts from a bank.
+        num_experts: experts of the layer on this rank.
+        top_k: experts of a token.
+        max_tokens: rows of the largest step.
+    """
+
+    def __init__(
+        self,
+        store: HostStore | None,
+        slot_bank: WeightBank,
+        staging: Staging | None,
+        backend: MarlinBackend,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+    ) -> None:
+        self.store = store
+        self.slot_bank = slot_bank
+        self.staging_bank = staging
+        self.backend = backend
+        self.num_experts = num_experts
+        self.num_slots = slot_bank.rows
+        self.record_bytes = slot_bank.nbytes // slot_bank.rows
+        self.table: DeviceSlotTable | None = None
+        if store is None or staging is None:
+            return
+        assert store.device_address is not None
+        self._address = store.device_address
+        self.layout_key = store.layout.key()
+        device = next(iter(slot_bank.fields.values())).device
+        self.table = DeviceSlotTable(num_experts, slot_bank.rows, staging.rows, max_tokens, top_k, device)
+        self._load_slots = Gather(store.layout, slot_bank)
+        self._staged_rows = torch.arange(num_experts, dtype=torch.int32, device=device) % staging.rows
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        output: torch.Tensor,
+        buffers: Buffers,
+        weights_on_input: bool,
+        is_padding: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        """Enqueue all experts that a step names; none is ever left out.
+
+        Args:
+            hidden_states: ``[T, hidden]``, BF16 or FP16.
+            topk_weights: float32 ``[T, k]``.
+            topk_ids: integer ``[T, k]``, global ids.
+            output: ``[T, hidden]``, overwritten.
+            buffers: working memory for ``T * k`` rows.
+            weights_on_input: whether the weights multiply the input.
+            is_padding: bool ``[T]``, rows that need no expert; None if there are none.
+            expert_map: int32, global to local ids under expert parallelism.
+        """
+        if self.table is None:
+            ids = topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
+            ids = ids.int().contiguous()
+            alignment = self.backend.align(ids, self.num_experts)
+            waves = iter([(self.slot_bank, alignment)])
+        else:
+            plan(self.table, topk_ids, is_padding, expert_map)
+            ids = self.table.ids[: len(topk_ids)]
+            alignment = self.backend.align(ids, self.num_experts)
+            waves = self._waves(alignment, topk_ids.numel())
+        for bank, blocks in waves:
+            self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
+        self.backend.combine(buffers.out_rows, ids, output)
+
+    def _waves(self, alignment: Alignment, pairs: int) -> Iterator[tuple[WeightBank, Alignment]]:
+        """Enqueue the step's loads; give out bank and blocks of each wave, to be computed before the next is asked for.
+
+        How many waves there are follows from shapes alone: one if all ``pairs`` of (token, k) could name another expert
+        and still fit the slots, else as many as ``DeviceSlotTable`` proves enough.
+        """
+        table, staging = self.table, self.staging_bank
+        assert table is not None
+        assert staging is not None
+        blocks = blocks_of_waves(alignment, table.wave_rows[: 1 if pairs <= self.num_slots else None])
+        if len(blocks) == 1:
+            self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
+            yield self.slot_bank, blocks[0]
+            return
+
+        def load(wave: int) -> torch.cuda.Event:
+            with torch.cuda.stream(staging.stream):
+                if wave == 0:
+                    self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
+                else:
+                    gather = staging.gathers[(wave - 1) % len(staging.banks)]
+                    first = (wave - 1) * staging.rows
+                    gather(self._address, table.staged_experts, self._staged_rows, table.staged_count, first)
+                event: torch.cuda.Event = staging.stream.record_event()
+                return event
+
+        compute = torch.cuda.current_stream()
+        # Also waits for the layers before, which read the staging banks.
+        staging.stream.wait_stream(compute)
+        ahead = len(staging.banks)
+        loaded = [load(wave) for wave in range(min(table.num_waves, 1 + ahead))]
+        for wave in range(table.num_waves):
+            compute.wait_event(loaded[wave])
+            bank = staging.banks[(wave - 1) % ahead] if wave else self.slot_bank
+            yield bank, blocks[wave]
+            if wave and wave + ahead < table.num_waves:
+                staging.stream.wait_stream(compute)
+                loaded.append(load(wave + ahead))
+
+    def reset(self) -> None:
+        """Forget residency and counts: what warm-up loaded must leave no trace."""
+        if self.table is not None:
+            self.table.reset()
+
+    def counts(self) -> dict[str, int]:
+        """Counters by name, with ``h2d_bytes`` copied to the device; waits for the device. All zero without a table."""
+        counts = dict.fromkeys(COUNTERS, 0) if self.table is None else self.table.counts()
+        counts["h2d_bytes"] = (counts["admitted"] + counts["staged"]) * self.record_bytes
+        return counts
+
+    def weight_views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """First field of each projection, for vLLM's kernel frame, which reads nothing of them but their being."""
+        return self.slot_bank.fields["w13_weight"], self.slot_bank.fields["w2_weight"]
