@@ -79,6 +79,15 @@ def test_outputs_are_bit_identical_for_every_cache_size(model_and_checkpoint: tu
             assert torch.equal(output, wanted), f"cache size {cache_size}, call {number}"
 
 
+@pytest.mark.parametrize("staging_size", [1, 3, NUM_EXPERTS])
+def test_outputs_are_bit_identical_for_every_staging_size(qwen3_moe_bf16: Path, staging_size: int) -> None:
+    cached = LoadedModel(qwen3_moe_bf16, TOP_K - 1, staging_size=staging_size)
+    cache = cached.runners[0].routed_experts.expert_cache
+    assert cache.staging_bank.rows == min(staging_size, NUM_EXPERTS - TOP_K + 1)
+    expected = run_all(LoadedModel(qwen3_moe_bf16, NUM_EXPERTS))
+    assert all(torch.equal(output, wanted) for output, wanted in zip(run_all(cached), expected, strict=True))
+
+
 def test_outputs_equal_the_transformers_model(model_and_checkpoint: tuple[str, Path], tmp_path: Path) -> None:
     model, source = model_and_checkpoint
     checkpoint = source

@@ -50,7 +50,9 @@ class Refinement:
 
     def __post_init__(self) -> None:
         if min(self.starts + self.wide, default=0) < LEAST_START:
-            raise ValueError(f"factors are searched from {LEAST_START} times the norm; {self} has a lower start, or none")
+            raise ValueError(
+                f"factors are searched from {LEAST_START} times the norm; {self} has a lower start, or none"
+            )
 
     @property
     def searches(self) -> bool:
