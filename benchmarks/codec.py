@@ -48,7 +48,8 @@ def product(blocks: torch.Tensor, chunk: int) -> Callable[[], object]:
 
     def run() -> None:
         for start in range(0, len(blocks), chunk):
-            torch.mm(blocks[start : start + chunk], matrix, out=out)
+            part = blocks[start : start + chunk]
+            torch.mm(part, matrix, out=out[: len(part)])
 
     return run
 

@@ -162,3 +162,10 @@ def test_a_parameter_that_only_our_list_knows_of(name: str, copy: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         read_all(HlwqSource(copy))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
+def test_a_configuration_of_a_billion_layers_is_not_built(key: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_moe", "hidden_size": 136, key: 10**9})
+    write_state(tmp_path, polar_state(weights(), dotted, meta=4, names=(Q_PROJ,))[0])
+    refused(tmp_path, STATE, Q_PROJ, "give --base-model, whose shapes tell it", codebook="A")

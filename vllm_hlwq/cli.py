@@ -252,5 +252,22 @@ def verify_command(
             typer.echo(f"  {error:.6f}  {name}")
 
 
+@app.command("card")
+@_one_line_errors
+def card_command(
+    path: Source,
+    original: Annotated[
+        list[str] | None,
+        typer.Option(help="The 16-bit model: its folder, its name on the Hugging Face hub, or both in turn."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a README.md that was not written by this.")] = False,
+) -> None:
+    """Write a Hugging Face model card and its charts into a coded checkpoint's folder."""
+    from .checkpoint.card import write_card
+
+    for file in write_card(path, original or [], force):
+        typer.echo(str(file))
+
+
 def main() -> None:
     app()

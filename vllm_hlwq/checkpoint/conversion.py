@@ -67,17 +67,31 @@ def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Te
 
 
 def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Produce, title: str) -> None:
-    """Write all shards; the bar counts the parameters' bytes, and is quiet where nobody sees it."""
+    """Write all shards; the bar counts the parameters' bytes, and is quiet where nobody sees it.
+
+    It moves with every piece: a stack of experts is gigabytes, and time left would be told from whole ones only.
+    """
     total = sum(p.bytes for p in source.parameters.values())
     bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+    counted: dict[str, float] = {}
+
+    def watched(group: Group) -> Iterator[tuple[str, torch.Tensor]]:
+        parameter = source.parameters.get(group.parameter)
+        for name, piece in produce(group):
+            yield name, piece
+            if parameter is not None and group.bytes:
+                done = parameter.bytes * piece.nbytes / group.bytes
+                counted[group.parameter] = counted.get(group.parameter, 0) + done
+                bar.update(done)
+
+    def advance(group: Group) -> None:
+        """What an earlier attempt did, and what rounding left."""
+        parameter = source.parameters.get(group.parameter)
+        if parameter is not None:
+            bar.update(parameter.bytes - counted.get(group.parameter, 0))
+
     with bar:
-
-        def advance(group: Group) -> None:
-            parameter = source.parameters.get(group.parameter)
-            if parameter is not None:
-                bar.update(parameter.bytes)
-
-        writer.run(produce, advance)
+        writer.run(watched, advance)
 
 
 def listed(names: list[str]) -> str:

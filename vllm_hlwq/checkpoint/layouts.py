@@ -26,7 +26,7 @@ _EXPERT = re.compile(
     r"(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
 _OF_EXPERTS = re.compile(r"(^|\.)experts\.")
-_EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|output_embedding)(\.|$)")
+EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|output_embedding)(\.|$)")
 _ROLES: dict[str, Role] = {
     "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
 }  # fmt: skip
@@ -64,7 +64,8 @@ class Vector:
     read: Callable[[], torch.Tensor]
 
 
-def _never_int4(name: str) -> bool:
+def never_int4(name: str) -> bool:
+    """Is a parameter, by its name, of those that stay in 16 bit whatever their shape?"""
     return any(pattern.search(name) for pattern in NEVER_CODED.values())
 
 
@@ -90,7 +91,7 @@ def expert_matrices(source: WeightSource, name: str) -> list[Matrix] | None:
     match = _STACK.match(name)
     if match and len(parameter.shape) == 3:
         return _stack(source, name, match["prefix"], match["proj"], parameter)
-    if len(parameter.shape) >= 2 and _OF_EXPERTS.search(name) and not _never_int4(name):
+    if len(parameter.shape) >= 2 and _OF_EXPERTS.search(name) and not never_int4(name):
         raise CheckpointError(
             f"{source.path}: {name} {list(parameter.shape)} is of experts, but its layout is not known; "
             "known are 3-D gate_up_proj, gate_proj, up_proj and down_proj, and one matrix an expert, also w1, w2 and w3"
@@ -205,7 +206,7 @@ def expert_biases(source: WeightSource, name: str) -> list[Vector] | None:
 def linear_matrix(source: WeightSource, name: str) -> Matrix | None:
     """A linear layer outside the experts that INT4 could hold; None for embeddings, heads, routers and towers."""
     parameter = source.parameters[name]
-    if len(parameter.shape) != 2 or not name.endswith(".weight") or _never_int4(name) or _EMBEDDING.search(name):
+    if len(parameter.shape) != 2 or not name.endswith(".weight") or never_int4(name) or EMBEDDING.search(name):
         return None
     rows, columns = parameter.shape
     return Matrix(name.removesuffix("weight"), (rows, columns), lambda: source.rows(name, 0, rows), "linear")

@@ -1,0 +1,127 @@
+"""The charts of a model card, as PNG: sizes by format, errors by layer, and what the bytes are spent on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from .card_facts import KINDS, LayerError, Part
+from .conversion import gigabytes
+
+# Okabe and Ito's palette: told apart with any colour vision, and on a grey print.
+COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#999999"), strict=True))
+MARKERS = dict(zip(KINDS, "osD^v", strict=True))
+INK, GRID = "#222222", "#DDDDDD"
+HATCH = "///"
+DOTS_PER_INCH = 160
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(7.2, height), layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def compression(totals: Mapping[str, int]) -> bytes:
+    """Bars of the weights' bytes by format; the first is what the others are compared with."""
+    figure = _figure(0.9 + 0.55 * len(totals))
+    axes = figure.subplots()
+    names, sizes = list(totals), list(totals.values())
+    colours = [COLOURS[KINDS[4]], COLOURS[KINDS[0]], COLOURS[KINDS[2]]]
+    axes.barh(names, sizes, height=0.6, color=[colours[min(index, 2)] for index in range(len(names))])
+    for row, size in enumerate(sizes):
+        ratio = "" if row == 0 else f"  ({sizes[0] / size:.2f} times smaller)"
+        axes.text(size, row, f"  {gigabytes(size)}{ratio}", va="center", color=INK)
+    # Room for the longest label, which stands beside the longest bar or beside a short one with its ratio.
+    axes.set_xlim(0, max(sizes[0] * 1.2, max(sizes[1:], default=0) * 1.1 + sizes[0] * 0.5))
+    axes.set_title("Weights by format", loc="left", color=INK)
+    axes.invert_yaxis()
+    axes.xaxis.set_visible(False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False)
+    return _png(figure)
+
+
+def layer_errors(errors: Sequence[LayerError], total: float) -> bytes:
+    """Relative mean squared error by layer, a line for each kind; parameters outside the layers stand at their left."""
+    figure = _figure(3.6)
+    axes = figure.subplots()
+    layers = sorted({error.layer for error in errors if error.layer is not None})
+    outside = any(error.layer is None for error in errors)
+    first = layers[0] if layers else 0
+    for kind in KINDS:
+        style: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 5}
+        own = [(e.layer, e.relative_mse) for e in errors if e.kind == kind and e.layer is not None]
+        alone = [e.relative_mse for e in errors if e.kind == kind and e.layer is None]
+        if own:
+            axes.plot(*zip(*own, strict=True), label=kind, linewidth=1.4, **style)
+        if alone:
+            axes.plot([first - 1], alone, label=None if own else kind, linestyle="none", **style)
+    axes.axhline(total, color=INK, linewidth=1, linestyle="--", label="all of them")
+    axes.set_title("Error of the weights that coding changed", loc="left", color=INK)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative mean squared error")
+    left, right = first - (1 if outside else 0), layers[-1] if layers else first
+    axes.set_xlim(left - 0.5, right + 0.5)
+    axes.set_xticks(*_ticks(layers, first - 1 if outside else None))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    # An error near another's is to look near: the axis spans at least a tenth of what it shows.
+    values = [total, *(error.relative_mse for error in errors)]
+    middle, reach = (max(values) + min(values)) / 2, (max(values) - min(values)) / 2
+    reach = max(1.15 * reach, 0.05 * middle)
+    axes.set_ylim(middle - reach, middle + reach)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    return _png(figure)
+
+
+def _ticks(layers: Sequence[int], outside: int | None) -> tuple[list[int], list[str]]:
+    """Places and labels: at most about a dozen layers, and one for what is outside them."""
+    every = max(1, -(-len(layers) // 12))
+    shown = list(layers[::every])
+    labels = [str(layer) for layer in shown]
+    return (shown, labels) if outside is None else ([outside, *shown], ["no layer", *labels])
+
+
+def breakdown(sizes: Mapping[str, Sequence[Part]]) -> bytes:
+    """Stacked bars of bytes by kind, one for each format; what is stored in 16 bit is hatched."""
+    figure = _figure(1.6 + 0.6 * len(sizes))
+    axes = figure.subplots()
+    largest = max(sum(part.bytes for part in parts) for parts in sizes.values())
+    for row, parts in enumerate(sizes.values()):
+        left = 0
+        for part in parts:
+            coded = part.stored.startswith(("Q", "INT4"))
+            axes.barh(
+                row, part.bytes, left=left, height=0.6, color=COLOURS[part.kind], edgecolor="white", linewidth=0.8,
+                hatch=None if coded else HATCH,
+            )  # fmt: skip
+            if part.bytes > 0.09 * largest:
+                axes.text(
+                    left + part.bytes / 2, row, gigabytes(part.bytes), ha="center", va="center", fontsize=8, color=INK,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+                )  # fmt: skip
+            left += part.bytes
+    axes.set_yticks(range(len(sizes)), list(sizes))
+    axes.invert_yaxis()
+    axes.set_title("What the bytes are spent on", loc="left", color=INK)
+    axes.xaxis.set_visible(False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False)
+    shown = {part.kind for parts in sizes.values() for part in parts}
+    handles = [Patch(facecolor=COLOURS[kind], label=kind) for kind in KINDS if kind in shown]
+    handles.append(Patch(facecolor="white", edgecolor=INK, hatch=HATCH, label="stored in 16 bit"))
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    return _png(figure)
