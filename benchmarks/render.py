@@ -80,11 +80,12 @@ def codec(result: dict[str, Any]) -> str:
     return (
         f"{speed['weights'] / 1e6:.1f} million float32 weights, median of {speed['repeats']}. The unit is their bare "
         f"block-Hadamard product in the same run, {speed['product_seconds'] * 1000:.1f} ms at its best of "
-        f"{speed['product_blocks_at_a_time']:,} blocks at a time.\n\n"
+        f"{speed['product_blocks_at_a_time']:,} blocks at a time ({machine(speed['environment'])}).\n\n"
         f"| | bits | ms | in units of the product | at most |\n|---|---|---|---|---|\n{rows}\n"
-        f"Converting a model of {memory['model_bytes'] / 2**30:.1f} GiB, with Python and its libraries:\n\n"
+        f"Converting a model of {memory['model_bytes'] / 2**30:.1f} GiB, with Python and its libraries "
+        f"({machine(memory['environment'])}):\n\n"
         f"| | peak of anonymous memory, MiB | at most | seconds |\n|---|---|---|---|\n{peaks}\n"
-        f"({machine(result['environment'])}; made by `benchmarks/codec.py`.)\n"
+        "(Made by `benchmarks/codec.py`.)\n"
     )
 
 
