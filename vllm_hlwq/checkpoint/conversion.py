@@ -69,7 +69,7 @@ def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Te
 def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Produce, title: str) -> None:
     """Write all shards; the bar counts the parameters' bytes, and is quiet where nobody sees it.
 
-    It moves with every piece: a stack of experts is gigabytes, and time left would be told from whole ones only.
+    It moves with every piece: a stack of experts is readable, and time left would be told from whole ones only.
     """
     total = sum(p.bytes for p in source.parameters.values())
     bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
@@ -99,6 +99,9 @@ def listed(names: list[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
-def gigabytes(count: float) -> str:
-    """Bytes for people: ``16.61 GB``, ``7.4 MB``."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+def readable(count: float) -> str:
+    """Bytes for people: ``16.61 GB``, ``7.40 MB``, ``8.19 kB``, ``2 bytes``."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"
