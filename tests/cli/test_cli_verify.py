@@ -144,7 +144,7 @@ def test_the_table_of_inspect(coded: Path, int4: Path, bare: Path) -> None:
     text = succeeds("inspect", coded)
     assert "bits: [5]" in text
     assert "codebook: stored" in text
-    assert re.search(r"size: [\d.]+ MB, [\d.]+ MB in 16 bit, ratio [23]\.\d\d", text)
+    assert re.search(r"size: [\d.]+ kB, [\d.]+ MB in 16 bit, ratio [23]\.\d\d", text)
     folded = re.sub(r"\s|│", "", succeeds("inspect", int4))
     assert "model.layers.0.experts.*.up_proj.weight" in folded
     assert "4x192x128INT4g64" in folded
