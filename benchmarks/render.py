@@ -37,7 +37,7 @@ def tiny_moe(result: dict[str, Any]) -> str:
         f"Trained on {tokens:,} tokens ({training['environment']['device']}, {training['minutes']:.1f} minutes); "
         f"{training['parameters']:,} parameters. Held-out perplexity over {result['held_out_tokens']:,} tokens: "
         f"**{result['perplexity_bf16']:.2f}** in BF16, **{result['perplexity_hlwq']:.2f}** at {result['bits']} bits "
-        f"(+{cost:.2%}; {result['hlwq_bytes'] / MIB:.2f} MiB, what ships), **{result['perplexity_int4']:.2f}** in its "
+        f"(+{cost:.2%}; {result['hlwq_bytes'] / MIB:.2f} MiB, what ships; its tied embedding is kept in 16 bit), **{result['perplexity_int4']:.2f}** in its "
         f"INT4 sibling (group size {result['group_size']}, what is served). A sample at temperature 0.6, prompted by "
         f"“{result['prompt']}”:\n\n```text\n{(result['prompt'] + result['sample']).strip()}\n```\n\n"
         f"({machine(result['environment'])}; made by `examples/tiny_moe/quantize.py`.)\n"
