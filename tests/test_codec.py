@@ -9,6 +9,7 @@ import torch
 from hlwq_vectors import HALVES, WORKED_CODES, WORKED_KV, WORKED_LSB, WORKED_MSB, WORKED_NIBBLES, worked_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_weights import KINDS
 
 from vllm_hlwq.codec import (
     GAIN,
@@ -222,20 +223,9 @@ def test_quantising_matches_the_definition(
     assert coded.squared_error == pytest.approx(error.item(), rel=1e-3, abs=1e-9 * size**2)
 
 
-HARD = {
-    "normal": lambda g: torch.randn(512, 128, generator=g),
-    "heavy tails": lambda g: torch.randn(512, 128, generator=g) / torch.rand(512, 128, generator=g).clamp(min=1e-2),
-    "block means": lambda g: torch.randn(512, 128, generator=g) + 2,
-    "constant": lambda g: torch.ones(512, 128),
-    "ramp": lambda g: torch.linspace(-1, 1, 128).repeat(512, 1),
-    "alternating": lambda g: ((-1.0) ** torch.arange(128)).repeat(512, 1),
-    "outlier column": lambda g: torch.randn(512, 128, generator=g) * (1 + 30 * (torch.arange(128) == 7)),
-}
-
-
-@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_refinement_lowers_the_error(kind: str) -> None:
-    weight = HARD[kind](torch.Generator().manual_seed(0))
+    weight = KINDS[kind](torch.Generator().manual_seed(0))
     energy = weight.square().sum().item()
     errors = [
         quantize_matrix(weight, coder(), refinement, measure=True).squared_error / energy

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import change, fails, hlwq, succeeds
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from vllm_hlwq.checkpoint.shard import TensorPlan, shard_layout
 
 HLWQ = Path(sys.executable).parent / "hlwq"
 COMMANDS = ("quantize", "export", "dequantize", "inspect", "verify")
@@ -45,7 +48,11 @@ def test_the_way_of_a_model_as_a_user_goes_it(source: Path, tmp_path: Path) -> N
 
 def test_a_terminal_shows_progress_and_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    save_file({"up_proj.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16)}, tmp_path / "model/model.safetensors")
+    # A GiB of zeros in a file without blocks: nothing to write, and long enough to be interrupted in.
+    head, _, size = shard_layout([TensorPlan("up_proj.weight", torch.bfloat16, (32768, 16384))])
+    with (tmp_path / "model/model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(size)
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # on a terminal without a width there is no bar
     child = subprocess.Popen(
@@ -67,6 +74,7 @@ def test_a_terminal_shows_progress_and_an_interrupt_says_how_to_go_on(tmp_path: 
     assert b"hlwq: interrupted; the same command goes on where this one stopped" in said
     assert b"Traceback" not in said
     assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "out.partial")
 
 
 # Help and usage.
