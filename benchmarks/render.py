@@ -97,7 +97,8 @@ def quality(result: dict[str, Any]) -> str:
         change = f"{cost['relative']:+.2%} ± {cost['standard_error']:.2%}" if row["relative_mse"] else ""
         errors = [f"{row[key]:.6f}" if row[key] else "0" for key in ("relative_mse", "experts_relative_mse")]
         lines.append(
-            f"| {row['name']} | {row['bytes'] / MIB:.2f} | {errors[0]} | {errors[1]} | {row['perplexity']:.3f} | {change} |"
+            f"| {row['name']} | {row['bytes'] / MIB:.2f} | {errors[0]} | {errors[1]} | {row['perplexity']:.3f} "
+            f"| {change} |"
         )
     bars = "".join(
         f"- {'holds' if bar['holds'] else '**missed**'} ({bar['relative']:+.2%}): {bar['bar']}\n"
@@ -119,7 +120,8 @@ def quality(result: dict[str, Any]) -> str:
         "## Weights of other kinds\n\n"
         "Relative mean squared error at 5 bits of 512 blocks each, by what is done to lower it.\n\n"
         f"|{head} |\n|---{'|---' * len(kinds)}|\n{ideas}\n"
-        f"({machine(result['environment'])}; llm-compressor's environment: {versions}; made by `benchmarks/quality.py`.)\n"
+        f"({machine(result['environment'])}; llm-compressor's environment: {versions}; "
+        "made by `benchmarks/quality.py`.)\n"
     )
 
 
