@@ -125,10 +125,13 @@ def test_tokens_agree_with_stock_vllm_on_the_bf16_model(bf16: Path, greedy: list
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler, g++ is not there")
-def test_the_compiled_server_chooses_the_same_tokens(tiny_int4: Path, greedy: list[list[int]]) -> None:
+def test_the_compiled_server_agrees_with_compiled_stock_vllm(tiny_int4: Path, bf16: Path) -> None:
+    # Like with like: compiling changes the rounding of vLLM's own layers, enough to turn a router's near-tie.
     with Server(tiny_int4, "--moe-expert-cache-size", "4", *COMMON) as server:
-        assert_chosen_by(server, greedy, minimum=0.99)
+        tokens = greedy_tokens(server)
         assert server.expert_cache_counters()["hits"] > 0
+    with Server(bf16, *COMMON) as stock:
+        assert_chosen_by(stock, tokens, minimum=0.99)
 
 
 def test_eight_streams_at_once_say_what_they_say_alone(cached: Server) -> None:
