@@ -140,6 +140,18 @@ def test_weights_that_cannot_be_coded_leave_nothing_that_looks_whole(tmp_path: P
     assert {path.suffix for path in (tmp_path / "out.partial").iterdir()} == {".json"}
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_kept_parameters_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    (tmp_path / "model").mkdir()
+    norm = torch.ones(128, dtype=torch.bfloat16)
+    norm[7] = value
+    weights = {"up_proj.weight": torch.randn(64, 128).bfloat16(), "norm.weight": norm}
+    save_file(weights, tmp_path / "model/model.safetensors")
+    message = refusal(tmp_path / "model", tmp_path / "out")
+    assert message.startswith(f"{tmp_path}/model/model.safetensors: tensor norm.weight holds NaN or inf; ")
+    assert not (tmp_path / "out").exists()
+
+
 DTYPES = [torch.bool, torch.uint8, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.int64]
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .shard import Group, Produce, TensorPlan
-from .sources import PIECE_BYTES, WeightSource
+from .sources import PIECE_BYTES, PlainSource, WeightSource, check_finite
 from .tensor_folder import PICKLE_SUFFIXES
 from .writer import FolderWriter
 
@@ -57,13 +57,20 @@ def plain_group(source: WeightSource, name: str) -> Group:
 
 
 def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter as it is, a piece at a time."""
+    """A parameter as it is, a piece at a time.
+
+    Raises:
+        CheckpointError: it holds NaN or inf.
+    """
     parameter = source.parameters[name]
     if parameter.bytes == 0:
         return
     step = max(1, PIECE_BYTES // max(1, parameter.columns * parameter.dtype.itemsize))
     for start in range(0, parameter.rows, step):
-        yield name, source.rows(name, start, min(parameter.rows, start + step))
+        rows = source.rows(name, start, min(parameter.rows, start + step))
+        if isinstance(source, PlainSource):  # the other sources check what they read
+            check_finite(rows, source.folder, name)
+        yield name, rows
 
 
 def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Produce, title: str) -> None:
