@@ -258,13 +258,17 @@ def test_a_norm_beyond_float16_is_refused() -> None:
         quantize_matrix(torch.full((1, 128), 1e5), coder())
 
 
+@pytest.mark.parametrize("width", [32, 64, 128, 160, 192])
 @pytest.mark.parametrize("refinement", [NORM, GAIN, SEARCH])
-def test_zero_and_tiny_blocks_decode_to_zero(refinement: Refinement) -> None:
-    weight = torch.zeros(3, 128)
-    weight[1] = 1e-12
+def test_zero_and_tiny_blocks_decode_to_zero(refinement: Refinement, width: int) -> None:
+    weight = torch.zeros(5, width)
+    weight[1], weight[2, 7], weight[3] = 1e-12, -1e-12, torch.randn(width)
     coded = quantize_matrix(weight, coder(), refinement)
-    assert not coded.norms.any()
-    assert not dequantize_matrix(coded, coder()).any()
+    zeros = [0, 1, 2, 4]
+    assert not coded.norms[zeros].any()
+    restored = dequantize_matrix(coded, coder())
+    assert not restored[zeros].any()
+    assert restored[3].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

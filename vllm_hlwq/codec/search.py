@@ -69,7 +69,9 @@ class LevelCells:
         cells = self.cells(rotated, scale, scratch)
         levels = scratch.take("work", rotated.shape, torch.float32)
         torch.index_select(self._levels, 0, cells.view(-1), out=levels.view(-1))
-        along, energy = dot(rotated, levels, scratch), dot(levels, levels, scratch)
+        along = dot(rotated, levels, scratch)
+        # Means of two levels have a zero among them, so a block of zeros has no energy at all.
+        energy = dot(levels, levels, scratch).clamp_(min=torch.finfo(torch.float32).tiny)
         return (along / energy).clamp_(min=MIN_NORM), along * along / energy
 
     def best(
