@@ -32,7 +32,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from vllm_hlwq.checkpoint.conversion import gigabytes
+from vllm_hlwq.checkpoint.conversion import readable
 from vllm_hlwq.checkpoint.export import int4_group, plan_export, quantization_config
 from vllm_hlwq.checkpoint.shard import Group, TensorPlan, shard_index, shard_layout, shard_name, shards_of
 from vllm_hlwq.checkpoint.sources import Parameter
@@ -244,7 +244,7 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"make_checkpoint: {error}") from None
     seconds = time.monotonic() - start
-    print(f"{arguments.out}: {gigabytes(size)} in {seconds:.1f} s ({gigabytes(size / seconds)}/s)")
+    print(f"{arguments.out}: {readable(size)} in {seconds:.1f} s ({readable(size / seconds)}/s)")
 
 
 if __name__ == "__main__":

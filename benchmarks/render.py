@@ -32,13 +32,16 @@ def machine(environment: dict[str, Any]) -> str:
 def tiny_moe(result: dict[str, Any]) -> str:
     training = result["training"]
     tokens = training["steps"] * training["batch"] * training["context"]
+    cost = result["perplexity_hlwq"] / result["perplexity_bf16"] - 1
     return (
-        f"Trained for {training['minutes']:.0f} minutes on {tokens:,} tokens; {training['parameters']:,} parameters. "
-        f"Held-out perplexity over {result['held_out_tokens']:,} tokens: **{result['perplexity_bf16']}** in BF16, "
-        f"**{result['perplexity_int4']}** with INT4 experts (group size {result['group_size']}, "
-        f"{result['weights_bytes'] / MIB:.2f} MiB). A sample at temperature 0.6, prompted by "
+        f"Trained on {tokens:,} tokens ({training['environment']['device']}, {training['minutes']:.1f} minutes); "
+        f"{training['parameters']:,} parameters. Held-out perplexity over {result['held_out_tokens']:,} tokens: "
+        f"**{result['perplexity_bf16']:.2f}** in BF16, **{result['perplexity_hlwq']:.2f}** at {result['bits']} bits "
+        f"(+{cost:.2%}; {result['hlwq_bytes'] / MIB:.2f} MiB, what ships; its tied embedding is kept in 16 bit), "
+        f"**{result['perplexity_int4']:.2f}** in its "
+        f"INT4 sibling (group size {result['group_size']}, what is served). A sample at temperature 0.6, prompted by "
         f"“{result['prompt']}”:\n\n```text\n{(result['prompt'] + result['sample']).strip()}\n```\n\n"
-        f"({machine(result['environment'])}; made by `examples/tiny_moe/export.py`.)\n"
+        f"({machine(result['environment'])}; made by `examples/tiny_moe/quantize.py`.)\n"
     )
 
 
@@ -87,10 +90,46 @@ def codec(result: dict[str, Any]) -> str:
     )
 
 
+def quality(result: dict[str, Any]) -> str:
+    lines = []
+    for row in result["rows"]:
+        cost = row["over_bf16"]
+        change = f"{cost['relative']:+.2%} ± {cost['standard_error']:.2%}" if row["relative_mse"] else ""
+        errors = [f"{row[key]:.6f}" if row[key] else "0" for key in ("relative_mse", "experts_relative_mse")]
+        lines.append(
+            f"| {row['name']} | {row['bytes'] / MIB:.2f} | {errors[0]} | {errors[1]} | {row['perplexity']:.3f} "
+            f"| {change} |"
+        )
+    bars = "".join(
+        f"- {'holds' if bar['holds'] else '**missed**'} ({bar['relative']:+.2%}): {bar['bar']}\n"
+        for bar in result["bars"]
+    )
+    other = result["llm_compressor"]
+    versions = "" if other is None else ", ".join(f"{name} {version}" for name, version in other["versions"].items())
+    table = "\n".join(lines)
+    kinds = result["synthetic"]
+    head = "".join(f" | {row['kind']}" for row in kinds)
+    ideas = "".join(
+        f"| {idea} | " + " | ".join(f"{row['relative_mse'][idea]:.6f}" for row in kinds) + " |\n"
+        for idea in kinds[0]["relative_mse"]
+    )
+    return (
+        f"Held-out perplexity over {result['held_out_tokens']:,} tokens.\n\n"
+        "| | MiB | error | of experts | perplexity | above BF16 |\n|---|---|---|---|---|---|\n"
+        f"{table}\n\nAgainst what was asked of it:\n\n{bars}\n"
+        "## Weights of other kinds\n\n"
+        "Relative mean squared error at 5 bits of 512 blocks each, by what is done to lower it.\n\n"
+        f"|{head} |\n|---{'|---' * len(kinds)}|\n{ideas}\n"
+        f"({machine(result['environment'])}; llm-compressor's environment: {versions}; "
+        "made by `benchmarks/quality.py`.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
     "codec": codec,
+    "quality": quality,
 }
 
 

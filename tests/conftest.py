@@ -14,9 +14,24 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
+import hlwq_files
+from int4_format import MODELS
+from quantizing import SHARD_BYTES
+
+from vllm_hlwq.checkpoint.dequantize import open_source
+from vllm_hlwq.checkpoint.export import export_int4
+from vllm_hlwq.checkpoint.quantize import quantize
 
 # Run by test_triton_interpreter.py, in a process with Triton's interpreter.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """INT4 sibling of the trained model that ships."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-moe-CT"
+    export_int4(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +47,54 @@ def qwen3_moe_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dense_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(checkpoints.dense_config(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def hlwq_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model of ``hlwq_files`` in BF16."""
+    return hlwq_files.write_base(tmp_path_factory.mktemp("hlwq") / "base", hlwq_files.weights())
+
+
+@pytest.fixture(scope="session")
+def hlwq_coded(hlwq_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as our writer codes it, in several shards."""
+    out = tmp_path_factory.mktemp("hlwq") / "coded"
+    quantize(hlwq_base, out, shard_bytes=12_000)
+    return out
+
+
+@pytest.fixture(scope="session")
+def layout_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """16-bit models in all layouts; Qwen3-MoE as it is on disk and as transformers holds it in memory."""
+    root = tmp_path_factory.mktemp("models")
+    for model, (config, _) in MODELS.items():
+        stacked = {"save_original_format": False} if model == "qwen3_moe_stacked" else {}
+        checkpoints.write(config(), root / model, varied=True, **stacked)
+    return {model: root / model for model in MODELS}
+
+
+@pytest.fixture(scope="session")
+def layout_exports(layout_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    for model, source in layout_models.items():
+        plan = export_int4(source, root / model)
+        assert plan.group_size == MODELS[model][1]
+    return {model: root / model for model in layout_models}
+
+
+@pytest.fixture(scope="session")
+def varied_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose expert stacks, dense matrices and norms all are there, with files to copy beside them."""
+    out = tmp_path_factory.mktemp("source")
+    checkpoints.write(checkpoints.gemma4_config(num_experts=4, top_k_experts=2), out, varied=True)
+    (out / "tokenizer.json").write_text("{}")
+    (out / "README.md").write_text("the original's card")
+    return out
+
+
+@pytest.fixture(scope="session")
+def varied_coded(varied_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, coded without an interruption."""
+    out = tmp_path_factory.mktemp("coded") / "out"
+    quantize(varied_source, out, shard_bytes=SHARD_BYTES)
+    return out

@@ -6,21 +6,25 @@ What a reader returns is compared with ``decode``, which shares nothing with it 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hlwq_vectors import HALVES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_hlwq.checkpoint.reader import HlwqSource
 from vllm_hlwq.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
 STATE = "polar_state.safetensors"
+INDEX = "model.safetensors.index.json"
+REMEDIES = r"download|give |remove |copy |correct |save the model|keep the one"
 EXPERTS = 3
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
@@ -117,6 +121,11 @@ def write_base(folder: Path, tensors: Tensors, **config: Any) -> Path:
     return folder
 
 
+def write_state(folder: Path, stored: Tensors) -> Path:
+    save_file(stored, folder / STATE)
+    return folder
+
+
 def dotted(name: str) -> str:
     return name
 
@@ -196,3 +205,31 @@ def assert_decoded(found: torch.Tensor, exact: torch.Tensor) -> None:
     assert found.shape == exact.shape
     allowed = exact.abs() * (2.0**-8 + 2.0**-20) + exact.abs().max() * 2.0**-18
     assert ((found.double() - exact).abs() <= allowed).all()
+
+
+def refused(path: Path, *named: str, base: Path | None = None, codebook: str | None = None) -> None:
+    """Reading everything fails in one line with each of ``named`` and a remedy."""
+    with pytest.raises(CheckpointError) as caught:
+        read_all(HlwqSource(path, base, codebook))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+    assert re.search(REMEDIES, message)
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    write_json(path, content)
+
+
+def edit_tensors(file: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    save_file(tensors, file)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from vllm_hlwq.checkpoint.card_facts import KINDS, ExpertMemory, gather, kind_of
 from vllm_hlwq.checkpoint.charts import COLOURS
-from vllm_hlwq.checkpoint.conversion import gigabytes
+from vllm_hlwq.checkpoint.conversion import readable
 from vllm_hlwq.checkpoint.dequantize import open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.quantize import quantize
@@ -105,12 +105,12 @@ def test_front_matter(coded: Path) -> None:
 def test_sizes_are_those_of_the_files(text: str, source: Path, coded: Path, sibling: Path) -> None:
     parts = {"16 bit": source, "HLWQ Q5": coded, "INT4 g64": sibling}
     sizes = {name: tensor_bytes(folder, r"^(?!hlwq\.codebook)") for name, folder in parts.items()}
-    expected = [[name, gigabytes(size), f"{sizes['16 bit'] / size:.2f}"] for name, size in sizes.items()]
+    expected = [[name, readable(size), f"{sizes['16 bit'] / size:.2f}"] for name, size in sizes.items()]
     assert table(text, "| format | size") == expected
     rows = {kind: (stored, size) for kind, stored, _, size, _ in table(text, "| | stored as")}
-    assert rows["experts"] == ("Q5", gigabytes(tensor_bytes(coded, r"experts\.")))
-    assert rows["attention"] == ("Q5", gigabytes(tensor_bytes(coded, r"self_attn\.(?!.*norm)")))
-    assert rows["norms, routers and other"][1] == gigabytes(tensor_bytes(coded, r"norm(?!s$)|router|layer_scalar"))
+    assert rows["experts"] == ("Q5", readable(tensor_bytes(coded, r"experts\.")))
+    assert rows["attention"] == ("Q5", readable(tensor_bytes(coded, r"self_attn\.(?!.*norm(?!s$))")))
+    assert rows["norms, routers and other"][1] == readable(tensor_bytes(coded, r"norm(?!s$)|router|layer_scalar"))
     shares = [float(share.rstrip("%")) for *_, share in table(text, "| | stored as")]
     assert sum(shares) == pytest.approx(100, abs=0.3)
 

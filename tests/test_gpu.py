@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none"),
 ]
 
-MODEL = Path(__file__).parent.parent / "examples/tiny_moe/model"
 PROMPTS = [
     "The import statement",
     "class Queue:\n    def __init__(self",
@@ -26,10 +25,10 @@ PROMPTS = [
 class Engine:
     """One engine's greedy continuations, its log probabilities of given ones, and its counters."""
 
-    def __init__(self, cache_size: int, **arguments: Any) -> None:
+    def __init__(self, model: Path, cache_size: int, **arguments: Any) -> None:
         options = {"moe_expert_cache_size": cache_size}
         self.llm = LLM(
-            str(MODEL), additional_config=options, max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.1,
+            str(model), additional_config=options, max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.1,
             attention_backend="TRITON_ATTN", enable_prefix_caching=False, **arguments,
         )  # fmt: skip
 
@@ -69,13 +68,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize("v2_runner", ["1", "0"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_tokens_are_those_of_stock_marlin(in_process: pytest.MonkeyPatch, v2_runner: str, enforce_eager: bool) -> None:
+def test_tokens_are_those_of_stock_marlin(
+    tiny_int4: Path, in_process: pytest.MonkeyPatch, v2_runner: str, enforce_eager: bool
+) -> None:
     in_process.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
-    stock = Engine(0, moe_backend="marlin", enforce_eager=enforce_eager)
+    stock = Engine(tiny_int4, 0, moe_backend="marlin", enforce_eager=enforce_eager)
     wanted = stock.greedy()
     assert len({token for tokens in wanted for token in tokens}) > 30
-    for cache_size in (1, 4, 15, 16):
-        engine = Engine(cache_size, enforce_eager=enforce_eager)
+    for cache_size in (4, 1, 15, 16):
+        engine = Engine(tiny_int4, cache_size, enforce_eager=enforce_eager)
         before = engine.counters()
         assert not any(before.values()), "warm-up left a trace"
         alone, together = engine.greedy(), engine.together()

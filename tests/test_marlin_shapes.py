@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.model_executor.layers.quantization.utils.marlin_utils import check_moe_marlin_supports_config
 
+from vllm_hlwq.marlin_moe import block_size
 from vllm_hlwq.marlin_shapes import marlin_obstacle
 
 
@@ -24,3 +25,11 @@ def test_the_rule_is_vllms(hidden_size: int, width: int, group_size: int | None)
 @pytest.mark.parametrize(("group_size", "fits"), [(32, True), (64, True), (128, False)])
 def test_gemma4_26b_takes_groups_of_32_or_64(group_size: int, fits: bool) -> None:
     assert (marlin_obstacle(2816, 704, group_size) is None) == fits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "rows"),
+    [(1, 8, 128, 8), (115, 8, 128, 8), (116, 8, 128, 16), (460, 8, 128, 32), (600, 8, 128, 48), (8192, 8, 128, 64)],
+)
+def test_blocks_have_the_rows_of_vllms_rule(tokens: int, top_k: int, experts: int, rows: int) -> None:
+    assert block_size(tokens, top_k, experts) == rows

@@ -11,9 +11,10 @@ from checkpoints import NUM_EXPERTS, TOP_K
 from engines import LoadedModel
 from transformers import AutoModelForCausalLM
 
-from vllm_hlwq.checkpoint.dequantize import dequantize
+from vllm_hlwq.checkpoint.dequantize import dequantize, open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.int4_source import Int4Source
+from vllm_hlwq.checkpoint.quantize import quantize
 
 FORMATS = {
     "bf16": None,
@@ -22,12 +23,14 @@ FORMATS = {
     "int4-g64-asymmetric": {"group_size": 64, "symmetric": False},
     "int4-g128": {"group_size": 128, "symmetric": True},
     "int4-channel": {"group_size": None, "symmetric": True},
+    "int4-hlwq": {},  # by way of 5 bits, as the shipped model is made
 }
 COMBINATIONS = [
     (model, weights)
     for model in ("gemma4", "qwen3_moe")
     for weights in FORMATS
-    if (model, weights) != ("gemma4", "int4-g128")  # its expert width of 192 is no multiple of 128
+    # Gemma-4's expert width of 192 is no multiple of 128; one model by way of HLWQ will do.
+    if (model, weights) not in (("gemma4", "int4-g128"), ("gemma4", "int4-hlwq"))
 ]
 CACHE_SIZES = (1, TOP_K - 1, TOP_K, TOP_K + 1, NUM_EXPERTS // 2, NUM_EXPERTS)
 
@@ -40,7 +43,12 @@ def model_and_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytes
     if export is None:
         return model, source
     out = tmp_path_factory.mktemp(f"{model}-{weights}")
-    export_int4(source, out, **export)
+    if weights == "int4-hlwq":
+        coded = tmp_path_factory.mktemp("hlwq")
+        quantize(source, coded)
+        export_int4(open_source(coded), out)
+    else:
+        export_int4(source, out, **export)
     return model, out
 
 
@@ -69,6 +77,15 @@ def test_outputs_are_bit_identical_for_every_cache_size(model_and_checkpoint: tu
         outputs = run_all(LoadedModel(checkpoint, cache_size))
         for number, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
             assert torch.equal(output, wanted), f"cache size {cache_size}, call {number}"
+
+
+@pytest.mark.parametrize("staging_size", [1, 3, NUM_EXPERTS])
+def test_outputs_are_bit_identical_for_every_staging_size(qwen3_moe_bf16: Path, staging_size: int) -> None:
+    cached = LoadedModel(qwen3_moe_bf16, TOP_K - 1, staging_size=staging_size)
+    cache = cached.runners[0].routed_experts.expert_cache
+    assert cache.staging_bank.rows == min(staging_size, NUM_EXPERTS - TOP_K + 1)
+    expected = run_all(LoadedModel(qwen3_moe_bf16, NUM_EXPERTS))
+    assert all(torch.equal(output, wanted) for output, wanted in zip(run_all(cached), expected, strict=True))
 
 
 def test_outputs_equal_the_transformers_model(model_and_checkpoint: tuple[str, Path], tmp_path: Path) -> None:

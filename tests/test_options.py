@@ -6,7 +6,7 @@ import pytest
 
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.options import ExpertCacheOptions, config_key, flag
-from vllm_hlwq.plugin import add_flags, merge_flags
+from vllm_hlwq.plugin import add_flags, configure, merge_flags
 
 
 def test_one_rule_gives_flag_and_key() -> None:
@@ -32,6 +32,21 @@ def test_a_size_that_is_no_count_is_refused_by_name_and_value(value: object) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
+def test_a_staging_size_that_is_no_count_is_refused_by_name_and_value(value: object) -> None:
+    config = {"moe_expert_cache_size": 4, "moe_expert_staging_size": value}
+    with pytest.raises(ExpertCacheError, match=rf"^moe_expert_staging_size={value!r}: .* 1 or more"):
+        ExpertCacheOptions.from_additional_config(config)
+
+
+def test_a_staging_size_without_a_cache_is_refused() -> None:
+    config = Arguments({"moe_expert_staging_size": 4})
+    with pytest.raises(
+        ExpertCacheError, match=r"--moe-expert-staging-size 4 has no meaning without --moe-expert-cache"
+    ):
+        configure(config)
+
+
 def test_a_misspelt_option_is_refused_and_the_known_ones_are_named() -> None:
     with pytest.raises(ExpertCacheError, match=r"moe_expert_cache_sise .*known options: moe_expert_cache_size"):
         ExpertCacheOptions.from_additional_config({"moe_expert_cache_sise": 4})
@@ -51,8 +66,8 @@ def parse(*words: str) -> argparse.Namespace:
 
 def test_the_flag_reaches_additional_config() -> None:
     arguments = Arguments({"other": 1})
-    merge_flags(arguments, parse("--moe-expert-cache-size", "4"))
-    assert arguments.additional_config == {"other": 1, "moe_expert_cache_size": 4}
+    merge_flags(arguments, parse("--moe-expert-cache-size", "4", "--moe-expert-staging-size", "8"))
+    assert arguments.additional_config == {"other": 1, "moe_expert_cache_size": 4, "moe_expert_staging_size": 8}
 
 
 def test_no_flag_leaves_additional_config_alone() -> None:

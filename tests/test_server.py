@@ -21,9 +21,9 @@ from vllm_hlwq.checkpoint.int4_source import Int4Source
 
 pytestmark = pytest.mark.server
 
-MODEL = Path(__file__).parent.parent / "examples/tiny_moe/model"
+SHIPPED = Path(__file__).parent.parent / "examples/tiny_moe/model"
 EXPERTS = 16
-RECORD_BYTES = 3 * 256 * 192 // 2 + 3 * 256 * 192 // 32 * 2  # three matrices: packed codes and BF16 scales
+RECORD_BYTES = 3 * 256 * 192 // 2 + 3 * 256 * 192 // 64 * 2  # three matrices: packed codes and BF16 scales
 COMMON = ("--max-model-len", "1024", "--max-num-seqs", "8", "--served-model-name", "tiny")
 EAGER = (*COMMON, "--enforce-eager")
 PROMPTS = [
@@ -40,15 +40,15 @@ NEW_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def cached() -> Iterator[Server]:
-    with Server(MODEL, "--moe-expert-cache-size", "4", *EAGER) as server:
+def cached(tiny_int4: Path) -> Iterator[Server]:
+    with Server(tiny_int4, "--moe-expert-cache-size", "4", *EAGER) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bf16(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained-bf16")
-    dequantize(Int4Source(MODEL), out)
+    dequantize(Int4Source(tiny_int4), out)
     return out
 
 
@@ -78,7 +78,7 @@ def prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict]]:
 
 def assert_chosen_by(server: Server, sequences: list[list[int]], minimum: float) -> None:
     """At least ``minimum`` of the sequences' new tokens are the server's first choice too, any other a near-tie."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     agreed = total = 0
     for prompt, tokens in zip(PROMPTS, sequences, strict=True):
         entries = prompt_logprobs(server, tokenizer.encode(prompt) + tokens)[-len(tokens) :]
@@ -110,9 +110,11 @@ def test_a_request_is_counted_and_warm_up_is_not(cached: Server, greedy: list[li
 
 
 @pytest.mark.parametrize("cache_size", [1, EXPERTS])
-def test_greedy_tokens_are_the_same_at_every_cache_size(cache_size: int, greedy: list[list[int]]) -> None:
+def test_greedy_tokens_are_the_same_at_every_cache_size(
+    tiny_int4: Path, cache_size: int, greedy: list[list[int]]
+) -> None:
     assert len({token for tokens in greedy for token in tokens}) > 50  # a model stuck on one token proves nothing
-    with Server(MODEL, "--moe-expert-cache-size", str(cache_size), *EAGER) as server:
+    with Server(tiny_int4, "--moe-expert-cache-size", str(cache_size), *EAGER) as server:
         assert greedy_tokens(server) == greedy
 
 
@@ -123,10 +125,13 @@ def test_tokens_agree_with_stock_vllm_on_the_bf16_model(bf16: Path, greedy: list
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler, g++ is not there")
-def test_the_compiled_server_chooses_the_same_tokens(greedy: list[list[int]]) -> None:
-    with Server(MODEL, "--moe-expert-cache-size", "4", *COMMON) as server:
-        assert_chosen_by(server, greedy, minimum=0.99)
+def test_the_compiled_server_agrees_with_compiled_stock_vllm(tiny_int4: Path, bf16: Path) -> None:
+    # Like with like: compiling changes the rounding of vLLM's own layers, enough to turn a router's near-tie.
+    with Server(tiny_int4, "--moe-expert-cache-size", "4", *COMMON) as server:
+        tokens = greedy_tokens(server)
         assert server.expert_cache_counters()["hits"] > 0
+    with Server(bf16, *COMMON) as stock:
+        assert_chosen_by(stock, tokens, minimum=0.99)
 
 
 def test_eight_streams_at_once_say_what_they_say_alone(cached: Server) -> None:
@@ -152,7 +157,7 @@ def test_eight_streams_at_once_say_what_they_say_alone(cached: Server) -> None:
 
 
 def test_held_out_perplexity_equals_transformers(cached: Server, bf16: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     model = AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.bfloat16)
     windows = []
     for name, text in documents("held-out"):

@@ -21,9 +21,9 @@ SIZE, TOO_LARGE = 4, 99
 
 
 @pytest.fixture(scope="session")
-def benchmark_model() -> Path:
+def benchmark_model(tiny_int4: Path) -> Path:
     """An INT4 checkpoint with a tokenizer; its layers have 16 experts, of which a token uses 4."""
-    return PROJECT / "examples/tiny_moe/model"
+    return tiny_int4
 
 
 @pytest.fixture(scope="module")

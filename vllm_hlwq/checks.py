@@ -69,6 +69,11 @@ def _refusals(vllm_config: Any) -> list[str]:
     platform = borrow("current_platform")
     if not platform.is_cpu() and not platform.is_cuda():
         found.append(f"the expert cache runs on CPU and CUDA, not on {platform.device_name}: use another machine")
+    if platform.is_cuda() and not borrow("VLLM_MOE_SKIP_PADDING"):
+        found.append(
+            "VLLM_MOE_SKIP_PADDING=0 leaves vLLM's mask of padding rows out of date, and rows that only pad a captured "
+            "batch would load experts: unset it"
+        )
     if parallel.worker_cls not in (*STOCK_WORKERS, "vllm_hlwq.worker.ExpertCacheWorker"):
         found.append(f"--worker-cls {parallel.worker_cls} replaces the worker that the expert cache extends: remove it")
     return found

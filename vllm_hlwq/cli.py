@@ -117,13 +117,13 @@ def quantize_command(
     device: Device = "cpu",
 ) -> None:
     """Code a 16-bit model: BF16 safetensors to an HLWQ checkpoint."""
-    from .checkpoint.conversion import gigabytes
+    from .checkpoint.conversion import readable
     from .checkpoint.quantize import quantize
 
     done = quantize(source, out, bits, codebook.value, fit.value, _device(device), keep=keep or ())
     typer.echo(
         f"{out}: {len(done.coded)} parameters coded at {bits} bits, {len(done.kept)} kept; "
-        f"{gigabytes(done.original_bytes)} to {gigabytes(done.bytes)}, "
+        f"{readable(done.original_bytes)} to {readable(done.bytes)}, "
         f"relative mean squared error {done.relative_mse:.6f}; read back and verified"
     )
 
@@ -160,7 +160,8 @@ def export_command(
     plan = export_int4(opened, out, wanted, search=scales is Scales.search, linears=linears, device=where)
     count = sum(len(matrices) for matrices in plan.matrices.values())
     typer.echo(f"{out}: {count} matrices in INT4, group size {plan.group_size}; read back and verified")
-    typer.echo(f"Serve it: vllm serve {out} --moe-expert-cache-size 4")
+    # The expert cache refuses the models whose experts have biases.
+    typer.echo(f"Serve it: vllm serve {out}{'' if plan.biases else ' --moe-expert-cache-size 4'}")
 
 
 @app.command("dequantize")
@@ -196,7 +197,7 @@ def inspect_command(
     codebook: CodebookOption = None,
 ) -> None:
     """Say what is in a checkpoint, layer by layer."""
-    from .checkpoint.conversion import gigabytes
+    from .checkpoint.conversion import readable
     from .checkpoint.inspect import by_layer, inspect
 
     found = inspect(path, base_model, _name(codebook))
@@ -209,14 +210,14 @@ def inspect_command(
     for row in by_layer(found["parameters"]):
         count = f"{row['count']} x " if row["count"] > 1 else ""
         shape = " x ".join(map(str, row["shape"])) or "scalar"
-        table.add_row(row["name"], count + shape, row["stored"], gigabytes(row["bytes"]))
+        table.add_row(row["name"], count + shape, row["stored"], readable(row["bytes"]))
     console = Console(markup=False)
     console.print(table)
     for key in ("bits", "block_size", "codebook", "group_size"):
         if key in found:
             console.print(f"{key.replace('_', ' ')}: {found[key]}", highlight=False)
     ratio = found["bytes_in_16_bit"] / max(found["bytes"], 1)
-    sizes = f"{gigabytes(found['bytes'])}, {gigabytes(found['bytes_in_16_bit'])} in 16 bit, ratio {ratio:.2f}"
+    sizes = f"{readable(found['bytes'])}, {readable(found['bytes_in_16_bit'])} in 16 bit, ratio {ratio:.2f}"
     console.print(f"size: {sizes}", highlight=False)
     if found.get("missing"):
         console.print(f"not in it: {', '.join(found['missing'][:3])} ... ({len(found['missing'])}); needs a base model")
@@ -232,7 +233,7 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a checkpoint's files, sums, shapes and completeness, and its error against the original."""
-    from .checkpoint.conversion import gigabytes
+    from .checkpoint.conversion import readable
     from .checkpoint.verify import verify
 
     report = verify(path, reference, base_model, _name(codebook))
@@ -240,7 +241,7 @@ def verify_command(
         typer.echo(json.dumps(report.json(), indent=2))
         return
     sums = "SHA-256 sums agree" if report.hashes_checked else "no list of SHA-256 sums to hold it to"
-    typer.echo(f"{path}: whole ({report.format}, {report.tensors} tensors, {gigabytes(report.bytes)}); {sums}")
+    typer.echo(f"{path}: whole ({report.format}, {report.tensors} tensors, {readable(report.bytes)}); {sums}")
     if report.reference is not None:
         typer.echo(
             f"against {report.reference}: relative mean squared error {report.relative_mse:.6f} over "

@@ -88,6 +88,17 @@ class DeviceExpertCache:
         self.table = DeviceSlotTable(num_experts, slot_bank.rows, staging.rows, max_tokens, top_k, device)
         self._load_slots = Gather(store.layout, slot_bank)
         self._staged_rows = torch.arange(num_experts, dtype=torch.int32, device=device) % staging.rows
+        self._compile_kernels(self.table, top_k, device)
+
+    def _compile_kernels(self, table: DeviceSlotTable, top_k: int, device: torch.device) -> None:
+        """Launch each kernel once in each of its forms: while a graph is captured, nothing can be compiled."""
+        nothing = torch.full((1,), -1, dtype=torch.int32, device=device)
+        for dtype in (torch.int32, torch.int64):
+            plan(table, torch.full((1, top_k), -1, dtype=dtype, device=device))
+        for waves in (1, table.num_waves):
+            blocks_of_waves(Alignment(nothing, nothing, nothing, 1), table.wave_rows[:waves])
+        self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
+        table.reset()
 
     def step(
         self,

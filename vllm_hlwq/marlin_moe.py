@@ -8,6 +8,7 @@ answer in one wave, is the resident model's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,9 @@ class MarlinBackend:
             num_experts: experts of the layer on this rank.
         """
         tokens, top_k = expert_ids.shape
-        size = block_size(tokens, top_k, num_experts)
+        # Under expert parallelism vLLM counts on an even share of the tokens.
+        share = math.ceil(tokens * num_experts / self.moe_config.num_experts)
+        size = block_size(share, top_k, num_experts)
         sorted_rows, block_experts, padded_rows = self._align(expert_ids, size, num_experts)
         return Alignment(sorted_rows, block_experts, padded_rows, size)
 

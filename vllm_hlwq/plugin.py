@@ -106,6 +106,11 @@ def configure(vllm_config: Any) -> None:
     """
     options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
     if options.cache_size == 0:
+        if options.staging_size is not None:
+            raise ExpertCacheError(
+                f"{flag('staging_size')} {options.staging_size} has no meaning without {flag('cache_size')}; "
+                "give a cache size, or remove it"
+            )
         return
     from .checks import check_engine_config
 

@@ -40,6 +40,9 @@ BORROWED: dict[str, Borrowed] = {
     ),
     "init_logger": Borrowed("vllm.logger", "init_logger", "log lines in vLLM's format and at its level"),
     "current_platform": Borrowed("vllm.platforms", "current_platform", "tells a CPU runtime from a CUDA one"),
+    "VLLM_MOE_SKIP_PADDING": Borrowed(
+        "vllm.envs", "VLLM_MOE_SKIP_PADDING", "tells whether vLLM keeps its mask of padding rows up to date"
+    ),
     "get_current_vllm_config": Borrowed(
         "vllm.config", "get_current_vllm_config", "the engine's configuration while a layer is built"
     ),

@@ -148,16 +148,22 @@ ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
 
 
 @torch.no_grad()
-def perplexity(model: Gemma4ForCausalLM, windows: torch.Tensor) -> float:
-    """Exponential of the mean negative log-likelihood over all predicted tokens of ``windows`` ``[n, context + 1]``."""
+def window_losses(model: Gemma4ForCausalLM, windows: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the predicted tokens of each of ``windows`` ``[n, context + 1]``, float64 [n]."""
     model.eval()
-    loss = 0.0
+    losses = []
     for chunk in windows.split(8):
         chunk = chunk.to(model.device)
         logits = model(input_ids=chunk[:, :-1]).logits.float()
-        loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), chunk[:, 1:], reduction="none")
+        losses.append(loss.double().mean(1).cpu())
     model.train()
-    return math.exp(loss / windows[:, 1:].numel())
+    return torch.cat(losses)
+
+
+def perplexity(model: Gemma4ForCausalLM, windows: torch.Tensor) -> float:
+    """Exponential of the mean negative log-likelihood over all predicted tokens of ``windows`` ``[n, context + 1]``."""
+    return math.exp(window_losses(model, windows).mean().item())
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:

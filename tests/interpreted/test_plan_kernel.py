@@ -76,3 +76,11 @@ def test_reset_starts_again() -> None:
     pair.mirror.reset()
     pair.step(Step(random_ids(1, 4, 0, 15, seed=9)))
     assert pair.table.counts()["steps"] == 1
+
+
+def test_half_of_the_layer_is_not_yet_streaming() -> None:
+    pair = Pair(num_experts=8, num_slots=1, staging_rows=7, max_tokens=1, top_k=4)
+    pair.step(Step(torch.tensor([[0, 0, 0, 0]])))
+    pair.step(Step(torch.tensor([[7, 5, 2, 3]])))
+    assert pair.table.expert_of_slot.tolist() == [7]
+    assert pair.table.staged_experts[:3].tolist() == [5, 2, 3]

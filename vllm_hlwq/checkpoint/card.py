@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CheckpointError
 from . import charts
 from .card_facts import SIXTEEN_BIT, ExpertMemory, Facts, gather
-from .conversion import gigabytes
+from .conversion import readable
 from .writer import write_bytes, write_text
 
 CARD = "README.md"
@@ -131,8 +131,8 @@ def _introduction(facts: Facts, base_model: str | None) -> str:
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a 16-bit model"
     ratio = facts.total(SIXTEEN_BIT) / facts.total(facts.own_format)
     return (
-        f"The weights of {of} as {facts.own_format}: {gigabytes(facts.total(facts.own_format))} in place of "
-        f"{gigabytes(facts.total(SIXTEEN_BIT))}, {ratio:.2f} times smaller.\n\n"
+        f"The weights of {of} as {facts.own_format}: {readable(facts.total(facts.own_format))} in place of "
+        f"{readable(facts.total(SIXTEEN_BIT))}, {ratio:.2f} times smaller.\n\n"
         f"![Weights by format]({CHARTS['compression']})"
     )
 
@@ -230,11 +230,11 @@ def _error(facts: Facts) -> str:
 def _size(facts: Facts) -> str:
     own = facts.total(facts.own_format)
     rows = "".join(
-        f"| {part.kind} | {part.stored} | {part.weights:,} | {gigabytes(part.bytes)} | {part.bytes / own:.1%} |\n"
+        f"| {part.kind} | {part.stored} | {part.weights:,} | {readable(part.bytes)} | {part.bytes / own:.1%} |\n"
         for part in facts.sizes[facts.own_format]
     )
     totals = "".join(
-        f"| {name} | {gigabytes(facts.total(name))} | {facts.total(SIXTEEN_BIT) / facts.total(name):.2f} |\n"
+        f"| {name} | {readable(facts.total(name))} | {facts.total(SIXTEEN_BIT) / facts.total(name):.2f} |\n"
         for name in facts.sizes
     )
     planned = "" if facts.memory is None or not facts.own_format.startswith("HLWQ") else (

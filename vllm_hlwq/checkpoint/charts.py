@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .card_facts import KINDS, LayerError, Part
-from .conversion import gigabytes
+from .conversion import readable
 
 # Okabe and Ito's palette: told apart with any colour vision, and on a grey print.
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#999999"), strict=True))
@@ -40,7 +40,7 @@ def compression(totals: Mapping[str, int]) -> bytes:
     axes.barh(names, sizes, height=0.6, color=[colours[min(index, 2)] for index in range(len(names))])
     for row, size in enumerate(sizes):
         ratio = "" if row == 0 else f"  ({sizes[0] / size:.2f} times smaller)"
-        axes.text(size, row, f"  {gigabytes(size)}{ratio}", va="center", color=INK)
+        axes.text(size, row, f"  {readable(size)}{ratio}", va="center", color=INK)
     # Room for the longest label, which stands beside the longest bar or beside a short one with its ratio.
     axes.set_xlim(0, max(sizes[0] * 1.2, max(sizes[1:], default=0) * 1.1 + sizes[0] * 0.5))
     axes.set_title("Weights by format", loc="left", color=INK)
@@ -104,7 +104,7 @@ def breakdown(sizes: Mapping[str, Sequence[Part]]) -> bytes:
             )  # fmt: skip
             if part.bytes > 0.12 * largest:
                 axes.text(
-                    left + part.bytes / 2, row, gigabytes(part.bytes), ha="center", va="center", fontsize=8, color=INK,
+                    left + part.bytes / 2, row, readable(part.bytes), ha="center", va="center", fontsize=8, color=INK,
                     bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
                 )  # fmt: skip
             left += part.bytes

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .shard import Group, Produce, TensorPlan
-from .sources import PIECE_BYTES, WeightSource
+from .sources import PIECE_BYTES, PlainSource, WeightSource, check_finite
 from .tensor_folder import PICKLE_SUFFIXES
 from .writer import FolderWriter
 
@@ -57,19 +57,26 @@ def plain_group(source: WeightSource, name: str) -> Group:
 
 
 def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter as it is, a piece at a time."""
+    """A parameter as it is, a piece at a time.
+
+    Raises:
+        CheckpointError: it holds NaN or inf.
+    """
     parameter = source.parameters[name]
     if parameter.bytes == 0:
         return
     step = max(1, PIECE_BYTES // max(1, parameter.columns * parameter.dtype.itemsize))
     for start in range(0, parameter.rows, step):
-        yield name, source.rows(name, start, min(parameter.rows, start + step))
+        rows = source.rows(name, start, min(parameter.rows, start + step))
+        if isinstance(source, PlainSource):  # the other sources check what they read
+            check_finite(rows, source.folder, name)
+        yield name, rows
 
 
 def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Produce, title: str) -> None:
     """Write all shards; the bar counts the parameters' bytes, and is quiet where nobody sees it.
 
-    It moves with every piece: a stack of experts is gigabytes, and time left would be told from whole ones only.
+    It moves with every piece: a stack of experts is readable, and time left would be told from whole ones only.
     """
     total = sum(p.bytes for p in source.parameters.values())
     bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
@@ -99,6 +106,9 @@ def listed(names: list[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
-def gigabytes(count: float) -> str:
-    """Bytes for people: ``16.61 GB``, ``7.4 MB``."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+def readable(count: float) -> str:
+    """Bytes for people: ``16.61 GB``, ``7.40 MB``, ``8.19 kB``, ``2 bytes``."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"

@@ -5,7 +5,7 @@ Experts become INT4, one matrix each; what stays in 16 bit is named in ``ignore`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -252,16 +252,6 @@ def _quantized(
         yield f"{matrix.stem}{key}", tensor
 
 
-def fused_siblings(kept_modules: Iterable[str]) -> set[str]:
-    """Modules that vLLM fuses with kept ones though the checkpoint has no weight of theirs.
-
-    A layer whose values are its keys (Gemma-4's global attention) has no ``v_proj``, yet vLLM refuses a fused
-    ``qkv_proj`` of which only some parts are named in ``ignore``.
-    """
-    stems = {name.removesuffix("k_proj") for name in kept_modules if name.endswith(".k_proj")}
-    return {f"{stem}v_proj" for stem in stems}
-
-
 def quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, Any]:
     """``quantization_config`` of an exported checkpoint, with every module that stays in 16 bit in ``ignore``."""
     return {
@@ -269,7 +259,7 @@ def quantization_config(plan: Plan, arguments: QuantizationArgs) -> dict[str, An
         "format": "pack-quantized",
         "quantization_status": "compressed",
         # A tied head is no tensor of its own, but vLLM makes a module of it.
-        "ignore": sorted({*plan.kept_modules, *fused_siblings(plan.kept_modules), "lm_head"}),
+        "ignore": sorted(plan.kept_modules | {"lm_head"}),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

@@ -58,6 +58,7 @@ def quantize_matrix(
     row_bytes = packed_size(blocks * coder.block_size, coder.bits)
     packed = torch.empty(rows * row_bytes, dtype=torch.uint8, device=weight.device)
     norms = torch.empty(rows, blocks, dtype=torch.float16, device=weight.device)
+    padding = blocks * coder.block_size - in_features
 
     def quantize_rows(coder: BlockCoder, start: int, stop: int) -> float:
         padded = _padded(weight[start:stop], blocks, coder)
@@ -65,7 +66,7 @@ def quantize_matrix(
         same_device = target.device == coder.device
         codes = target if same_device else coder.scratch.take("packed", target.shape, torch.uint8)
         try:
-            factors, error = coder.encode(padded, refinement, codes, measure)
+            factors, error = coder.encode(padded, refinement, codes, measure, blocks, padding)
         except ValueError as problem:
             raise ValueError(f"{problem} (in rows {start} to {stop - 1})") from None
         if not same_device:
