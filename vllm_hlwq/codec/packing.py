@@ -1,7 +1,7 @@
 """Codes of 2 to 8 bits to bytes and back: most significant bit first, least significant first, nibbles by halves.
 
-Eight codes are merged within a 64-bit word by three rounds of shifts over all words at once; the ``bits`` low bytes of
-each word are the stream. No loop over rows and no table, and the same code runs on CUDA.
+Eight codes are merged within a 64-bit word by three rounds over all words at once; the ``bits`` low bytes of each word
+are the stream. No loop over rows and no table, and the same code runs on CUDA.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ if sys.byteorder != "little":
     raise ImportError("codes are packed through 64-bit words of little-endian machines; this machine is big-endian")
 
 BitOrder = Literal["msb", "lsb"]
-_LANES = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0x00000000FFFFFFFF}
-"""The lower half of each lane pair, by the width of a lane before it is merged with its neighbour."""
+_LANES = {8: torch.int16, 16: torch.int32, 32: torch.int64}
+"""Bits of a lane before it is merged with its neighbour, and the integer that holds both."""
 
 
 def _merge(words: torch.Tensor, bits: int, order: BitOrder, scratch: Scratch) -> torch.Tensor:
-    """Eight codes, one a byte, to one number of ``8 * bits`` bits; in place; the first code highest under ``msb``."""
-    second = scratch.take("indices", words.shape, torch.int64)
-    for lane, mask in _LANES.items():
-        torch.bitwise_right_shift(words, lane, out=second).bitwise_and_(mask)
-        words.bitwise_and_(mask)
-        (words if order == "msb" else second).bitwise_left_shift_(bits * lane // 8)
-        words.bitwise_or_(second)
+    """Eight codes, one a byte, to one number of ``8 * bits`` bits; in place; the first code highest under ``msb``.
+
+    A pair of lanes is ``first + (second << lane)``, and becomes ``(first << width) + second`` or the reverse.
+    """
+    other = scratch.take("indices", words.shape, torch.int64)
+    for lane, dtype in _LANES.items():
+        pairs, second, width = words.view(dtype), other.view(dtype), bits * lane // 8
+        torch.bitwise_right_shift(pairs, lane, out=second)
+        if order == "msb":
+            first = pairs.sub_(second, alpha=1 << lane)
+            torch.add(second, first, alpha=1 << width, out=pairs)
+        else:
+            pairs.sub_(second, alpha=(1 << lane) - (1 << width))
     return words
 
 
@@ -38,12 +44,13 @@ def _spread(words: torch.Tensor, bits: int, order: BitOrder, lane_bits: int, scr
     for lane in (32, 16, 8):
         if lane < lane_bits:
             break
-        width = bits * lane // 8
-        mask = sum(((1 << width) - 1) << shift for shift in range(0, 64, 2 * lane))
-        torch.bitwise_right_shift(words, width, out=other).bitwise_and_(mask)
-        words.bitwise_and_(mask)
-        (words if order == "msb" else other).bitwise_left_shift_(lane)
-        words.bitwise_or_(other)
+        pairs, high, width = words.view(_LANES[lane]), other.view(_LANES[lane]), bits * lane // 8
+        torch.bitwise_right_shift(pairs, width, out=high)
+        if order == "msb":
+            second = pairs.sub_(high, alpha=1 << width)
+            torch.add(high, second, alpha=1 << lane, out=pairs)
+        else:
+            pairs.add_(high, alpha=(1 << lane) - (1 << width))
     return words
 
 
@@ -104,7 +111,7 @@ def _lanes(
     if len(packed) % bits:
         packed = torch.nn.functional.pad(packed, (0, -len(packed) % bits))
     stream = packed.view(-1, bits)
-    words = scratch.take("work", (len(stream),), torch.int64)  # bytes beyond the number are masked away
+    words = scratch.take("work", (len(stream),), torch.int64).zero_()
     _copy_bytes(stream, words.view(torch.uint8).view(-1, 8), bits, order)
     return _spread(words, bits, order, lane_bits, scratch)
 
