@@ -58,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def coded(source: Path) -> Path:
     out = source.with_name(NAME)
-    quantize(source, out)
+    quantize(source, out, fit="gain")
     result = card(out, "--original", source, "--original", "owner/tiny-moe")
     files = ["hlwq_compression.png", "hlwq_sizes.png", "hlwq_error.png", "README.md"]
     assert (result.exit_code, result.stderr) == (0, "")

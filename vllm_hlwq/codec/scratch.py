@@ -10,7 +10,6 @@ import math
 
 import torch
 
-
 MOST_VIEWS = 128
 """Shapes differ by the few widths of a model's matrices."""
 
