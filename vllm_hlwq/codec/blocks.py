@@ -140,17 +140,17 @@ class BlockCoder:
 
     def _nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Code of the level nearest to each coordinate of ``z``, ties to the lower; ``z``'s memory holds them then."""
-        z.clamp_(-self._limit, self._limit)
-        work = self.scratch.take("work", z.shape, torch.float32)
-        cells = self._cell_of(z, work, self.scratch.take("indices", z.shape, torch.int32)).view(-1)
-        torch.index_select(self._threshold, 0, cells, out=work.view(-1))
+        flat = z.clamp_(-self._limit, self._limit).view(-1)
+        work = self.scratch.take("work", flat.shape, torch.float32)
+        cells = self._cell_of(flat, work, self.scratch.take("indices", flat.shape, torch.int32))
+        torch.index_select(self._threshold, 0, cells, out=work)
         # Above the threshold the difference is negative and its sign, spread over the word, -1: half a comparison's
         # time. Equal numbers differ by +0.
-        signs = work.sub_(z).view(torch.int32).bitwise_right_shift_(31)
-        codes = z.view(-1).view(torch.uint8)[: z.numel()]
+        work.sub_(flat)
+        signs = self.scratch.take("work", flat.shape, torch.int32).bitwise_right_shift_(31)
+        codes = flat.view(torch.uint8)[: len(flat)]
         torch.index_select(self._lower_code, 0, cells, out=codes)
-        above = self.scratch.take("indices", codes.shape, torch.int8).copy_(signs.view(-1))
-        codes.view(torch.int8).sub_(above)
+        codes.view(torch.int8).sub_(self.scratch.take("indices", flat.shape, torch.int8).copy_(signs))
         return codes.view(z.shape)
 
     def _levels(self, codes: torch.Tensor) -> torch.Tensor:

@@ -18,46 +18,45 @@ if sys.byteorder != "little":
 
 BitOrder = Literal["msb", "lsb"]
 _LANES = {8: torch.int16, 16: torch.int32, 32: torch.int64}
-"""Bits of a lane before it is merged with its neighbour, and the integer that holds both."""
+"""Bits of a lane, and the integer that holds it and its neighbour; no code is so wide that it reaches the sign."""
+_WORDS, _OTHER = "work", "indices"
+"""Where the words are in working memory, and what is beside them."""
 
 
-def _merge(words: torch.Tensor, bits: int, order: BitOrder, scratch: Scratch) -> torch.Tensor:
-    """Eight codes, one a byte, to one number of ``8 * bits`` bits; in place; the first code highest under ``msb``.
+def _pairs(count: int, lane: int, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
+    """``count`` words as pairs of lanes, and as much memory beside them."""
+    shape = (count * 32 // lane,)
+    return scratch.take(_WORDS, shape, _LANES[lane]), scratch.take(_OTHER, shape, _LANES[lane])
 
-    A pair of lanes is ``first + (second << lane)``, and becomes ``(first << width) + second`` or the reverse.
-    """
-    other = scratch.take("indices", words.shape, torch.int64)
-    for lane, dtype in _LANES.items():
-        pairs, second, width = words.view(dtype), other.view(dtype), bits * lane // 8
+
+def _merge(count: int, bits: int, order: BitOrder, scratch: Scratch) -> None:
+    """Eight codes, one a byte, to one number of ``8 * bits`` bits; the first code highest under ``msb``."""
+    for lane in (8, 16, 32):
+        pairs, second = _pairs(count, lane, scratch)
         torch.bitwise_right_shift(pairs, lane, out=second)
-        if order == "msb":
-            first = pairs.sub_(second, alpha=1 << lane)
-            torch.add(second, first, alpha=1 << width, out=pairs)
-        else:
-            pairs.sub_(second, alpha=(1 << lane) - (1 << width))
-    return words
+        pairs.bitwise_and_((1 << lane) - 1)
+        (pairs if order == "msb" else second).bitwise_left_shift_(bits * lane // 8)
+        pairs.bitwise_or_(second)
 
 
-def _spread(words: torch.Tensor, bits: int, order: BitOrder, lane_bits: int, scratch: Scratch) -> torch.Tensor:
-    """Undo the rounds of ``_merge``, in place, down to lanes of ``lane_bits`` with ``lane_bits // 8`` codes each."""
-    other = scratch.take("indices", words.shape, torch.int64)
+def _spread(count: int, bits: int, order: BitOrder, lane_bits: int, scratch: Scratch) -> None:
+    """Undo the rounds of ``_merge`` down to lanes of ``lane_bits`` with ``lane_bits // 8`` codes each."""
     for lane in (32, 16, 8):
         if lane < lane_bits:
             break
-        pairs, high, width = words.view(_LANES[lane]), other.view(_LANES[lane]), bits * lane // 8
+        pairs, high = _pairs(count, lane, scratch)
+        width = bits * lane // 8
         torch.bitwise_right_shift(pairs, width, out=high)
-        if order == "msb":
-            second = pairs.sub_(high, alpha=1 << width)
-            torch.add(high, second, alpha=1 << lane, out=pairs)
-        else:
-            pairs.add_(high, alpha=(1 << lane) - (1 << width))
-    return words
+        pairs.bitwise_and_((1 << width) - 1)
+        (pairs if order == "msb" else high).bitwise_left_shift_(lane)
+        pairs.bitwise_or_(high)
 
 
 def _copy_bytes(source: torch.Tensor, target: torch.Tensor, count: int, order: BitOrder) -> None:
     """The first ``count`` bytes of each row, reversed under ``msb``: column by column, twice as fast as ``flip``."""
-    for column in range(count):
-        target[:, column].copy_(source[:, count - 1 - column if order == "msb" else column])
+    columns = source.unbind(1)[:count]
+    for column, values in zip(target.unbind(1), reversed(columns) if order == "msb" else columns, strict=False):
+        column.copy_(values)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -91,12 +90,13 @@ def pack(
         out = torch.empty(size, dtype=torch.uint8, device=flat.device)
     if bits == 8:
         return out.copy_(flat)
-    words = scratch.take("work", ((len(flat) + 7) // 8,), torch.int64)
-    words[-1:] = 0  # codes that fill up the last eight
-    words.view(torch.uint8)[: len(flat)].copy_(flat)
-    numbers = _merge(words, bits, order, scratch).view(torch.uint8).view(-1, 8)
-    stream = out if size % bits == 0 else torch.empty(len(words) * bits, dtype=torch.uint8, device=out.device)
-    _copy_bytes(numbers, stream.view(-1, bits), bits, order)
+    count = (len(flat) + 7) // 8
+    if len(flat) % 8:
+        scratch.take(_WORDS, (count,), torch.int64)[-1:] = 0  # codes that fill up the last eight
+    scratch.take(_WORDS, (len(flat),), torch.uint8).copy_(flat)
+    _merge(count, bits, order, scratch)
+    stream = out if size % bits == 0 else torch.empty(count * bits, dtype=torch.uint8, device=out.device)
+    _copy_bytes(scratch.take(_WORDS, (count, 8), torch.uint8), stream.view(-1, bits), bits, order)
     return out if stream is out else out.copy_(stream[:size])
 
 
@@ -111,9 +111,10 @@ def _lanes(
     if len(packed) % bits:
         packed = torch.nn.functional.pad(packed, (0, -len(packed) % bits))
     stream = packed.view(-1, bits)
-    words = scratch.take("work", (len(stream),), torch.int64).zero_()
-    _copy_bytes(stream, words.view(torch.uint8).view(-1, 8), bits, order)
-    return _spread(words, bits, order, lane_bits, scratch)
+    words = scratch.take(_WORDS, (len(stream),), torch.int64).zero_()
+    _copy_bytes(stream, scratch.take(_WORDS, (len(stream), 8), torch.uint8), bits, order)
+    _spread(len(stream), bits, order, lane_bits, scratch)
+    return words
 
 
 def unpack(packed: torch.Tensor, count: int, bits: int, order: BitOrder = "msb") -> torch.Tensor:
@@ -138,8 +139,9 @@ def unpack_pairs(packed: torch.Tensor, count: int, bits: int, scratch: Scratch |
     if count % 2 or bits == 8:
         raise ValueError(f"{count} codes of {bits} bits do not make pairs of at most 15 bits")
     scratch = scratch or Scratch(packed.device)
-    pairs = _lanes(packed, count, bits, "msb", 16, scratch).view(torch.int16)[: count // 2]
-    return scratch.take("indices", (count // 2,), torch.int32).copy_(pairs)
+    _lanes(packed, count, bits, "msb", 16, scratch)
+    pairs = scratch.take(_WORDS, (count // 2,), torch.int16)
+    return scratch.take(_OTHER, (count // 2,), torch.int32).copy_(pairs)
 
 
 def unpack_half_block_nibbles(packed: torch.Tensor, block_size: int) -> torch.Tensor:
