@@ -125,11 +125,29 @@ def quality(result: dict[str, Any]) -> str:
     )
 
 
+def codec_ideas(result: dict[str, Any]) -> str:
+    first = result["ideas"][0]["relative_mse"]
+    bits = list(first["normal"])
+    head = "".join(f" | {weights}, {width} bits" for weights in first for width in bits)
+    rows = "".join(
+        f"| {row['idea']} | {'yes' if row['kept'] else ''} | "
+        + " | ".join(f"{error:.6f}" for by_width in row["relative_mse"].values() for error in by_width.values())
+        + " |\n"
+        for row in result["ideas"]
+    )
+    return (
+        f"Relative mean squared error of {result['blocks']:,} Gaussian blocks and of as many of the tiny model's.\n\n"
+        f"| | kept{head} |\n|---|---{'|---' * len(first) * len(bits)}|\n{rows}\n"
+        f"({machine(result['environment'])}; made by `benchmarks/codec_ideas.py`.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
     "codec": codec,
     "quality": quality,
+    "codec_ideas": codec_ideas,
 }
 
 
