@@ -142,12 +142,29 @@ def codec_ideas(result: dict[str, Any]) -> str:
     )
 
 
+def moe_layer(result: dict[str, Any]) -> str:
+    gather, environment = result["gather"], result["environment"]
+    rows = "".join(
+        f"| {rate['experts']} | {rate['copy_gb_per_s']:.1f} | {rate['gather_gb_per_s']:.1f} | {rate['share']:.0%} |\n"
+        for rate in gather["rates"]
+    )
+    return (
+        f"Records of {gather['record_bytes']:,} bytes (`{result['shape']}`); a launch with nothing to load takes "
+        f"{gather['empty_us']:.1f} µs.\n\n"
+        f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
+        f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
+        f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}; made by "
+        "`benchmarks/moe_layer.py --sweep`.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
     "codec": codec,
     "quality": quality,
     "codec_ideas": codec_ideas,
+    "moe_layer": moe_layer,
 }
 
 
