@@ -125,11 +125,46 @@ def quality(result: dict[str, Any]) -> str:
     )
 
 
+def codec_ideas(result: dict[str, Any]) -> str:
+    first = result["ideas"][0]["relative_mse"]
+    bits = list(first["normal"])
+    head = "".join(f" | {weights}, {width} bits" for weights in first for width in bits)
+    rows = "".join(
+        f"| {row['idea']} | {'yes' if row['kept'] else ''} | "
+        + " | ".join(f"{error:.6f}" for by_width in row["relative_mse"].values() for error in by_width.values())
+        + " |\n"
+        for row in result["ideas"]
+    )
+    return (
+        f"Relative mean squared error of {result['blocks']:,} Gaussian blocks and of as many of the tiny model's.\n\n"
+        f"| | kept{head} |\n|---|---{'|---' * len(first) * len(bits)}|\n{rows}\n"
+        f"({machine(result['environment'])}; made by `benchmarks/codec_ideas.py`.)\n"
+    )
+
+
+def moe_layer(result: dict[str, Any]) -> str:
+    gather, environment = result["gather"], result["environment"]
+    rows = "".join(
+        f"| {rate['experts']} | {rate['copy_gb_per_s']:.1f} | {rate['gather_gb_per_s']:.1f} | {rate['share']:.0%} |\n"
+        for rate in gather["rates"]
+    )
+    return (
+        f"Records of {gather['record_bytes']:,} bytes (`{result['shape']}`); a launch with nothing to load takes "
+        f"{gather['empty_us']:.1f} µs.\n\n"
+        f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
+        f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
+        f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}; made by "
+        "`benchmarks/moe_layer.py --sweep`.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
     "codec": codec,
     "quality": quality,
+    "codec_ideas": codec_ideas,
+    "moe_layer": moe_layer,
 }
 
 

@@ -56,8 +56,10 @@ def test_a_terminal_shows_progress_and_an_interrupt_says_how_to_go_on(tmp_path: 
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # on a terminal without a width there is no bar
     child = subprocess.Popen(
-        [HLWQ, "quantize", tmp_path / "model", tmp_path / "out"], stdout=subprocess.PIPE, stderr=theirs
-    )
+        [HLWQ, "quantize", tmp_path / "model", tmp_path / "out"], stdout=subprocess.PIPE, stderr=theirs,
+        # Tests that a shell runs in the background inherit that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     os.close(theirs)
     said = b""
     deadline = time.monotonic() + 120
