@@ -113,7 +113,8 @@ class BlockCoder:
         # The largest float32 that is not above the threshold: z > threshold exactly when z > that.
         below = thresholds.float()
         below = torch.where(below.double() > thresholds, torch.nextafter(below, torch.tensor(-math.inf)), below)
-        self._limit = float(table.abs().max()) + 1
+        # No coordinate of a block exceeds its norm times the root, so at its norm nothing need be clamped.
+        self._limit = max(float(table.abs().max()), math.sqrt(self.block_size)) + 1
         self._resolution = 16
         while True:
             self._zero = torch.tensor(float(math.ceil(self._limit * self._resolution) + 1))
@@ -138,9 +139,12 @@ class BlockCoder:
         position = torch.add(self._zero, z, alpha=self._resolution, out=work)
         return position.to(torch.int32) if out is None else out.copy_(position)
 
-    def _nearest(self, z: torch.Tensor) -> torch.Tensor:
-        """Code of the level nearest to each coordinate of ``z``, ties to the lower; ``z``'s memory holds them then."""
-        flat = z.clamp_(-self._limit, self._limit).view(-1)
+    def _nearest(self, z: torch.Tensor, clamp: bool = True) -> torch.Tensor:
+        """Code of the level nearest to each coordinate of ``z``, ties to the lower; ``z``'s memory holds them then.
+
+        Without ``clamp`` coordinates must be within the limit; it is a pass over memory that outgrows a core's cache.
+        """
+        flat = (z.clamp_(-self._limit, self._limit) if clamp else z).view(-1)
         work = self.scratch.take("work", flat.shape, torch.float32)
         cells = self._cell_of(flat, work, self.scratch.take("indices", flat.shape, torch.int32))
         torch.index_select(self._threshold, 0, cells, out=work)
@@ -161,12 +165,12 @@ class BlockCoder:
         return levels
 
     def _choose(
-        self, rotated: torch.Tensor, scale: torch.Tensor, refinement: Refinement
+        self, rotated: torch.Tensor, norms: torch.Tensor, scale: torch.Tensor, refinement: Refinement
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes, in scratch memory, where the blocks may have been, and factor [m], starting from ``scale`` [m]."""
         z = self.scratch.take("blocks", rotated.shape, torch.float32)
         for _ in range(refinement.rounds + 1):
-            codes = self._nearest(torch.div(rotated, scale.unsqueeze(1), out=z))
+            codes = self._nearest(torch.div(rotated, scale.unsqueeze(1), out=z), clamp=scale is not norms)
             if not refinement.gain:
                 break
             levels = self._levels(codes)
@@ -205,7 +209,7 @@ class BlockCoder:
         rotated = self.scratch.take("rotated", blocks.shape, torch.float32)
         torch.mm(blocks, self.hadamard, out=rotated)
         scale = self._search(rotated, norms, refinement) if refinement.searches else norms
-        codes, factors = self._choose(rotated, scale, refinement)
+        codes, factors = self._choose(rotated, norms, scale, refinement)
         last = slice(row_blocks - 1, None, row_blocks)
         half = self.block_size // 2
         if refinement.padding and padding >= half:
