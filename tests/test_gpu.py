@@ -29,7 +29,7 @@ class Engine:
         options = {"moe_expert_cache_size": cache_size}
         self.llm = LLM(
             str(model), additional_config=options, max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.1,
-            attention_backend="TRITON_ATTN", enable_prefix_caching=False, **arguments,
+            kv_cache_memory_bytes=2**28, attention_backend="TRITON_ATTN", enable_prefix_caching=False, **arguments,
         )  # fmt: skip
 
     def greedy(self) -> list[list[int]]:

@@ -23,7 +23,7 @@ FORMATS = {
     "qwen3_moe-g128": ("qwen3_moe", {"group_size": 128}),
     "qwen3_moe-channel": ("qwen3_moe", {"group_size": None}),
 }
-ENGINE = {"gpu_memory_utilization": 0.1}
+ENGINE = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
