@@ -152,8 +152,11 @@ def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_token
 
 
 def run(specification: dict[str, Any]) -> dict[str, Any]:
-    """Measure the specified engine at all its batch sizes."""
-    if not torch.cuda.is_available():
+    """Measure the specified engine at all its batch sizes.
+
+    Whether there is a GPU is in the specification: torch, asked here, would begin to use it, and vLLM forks.
+    """
+    if not specification["cuda"]:
         # Else the engine is ahead of this process by some steps when its counters are read.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = Engine(specification["model"], specification["cached"], specification["engine"])
@@ -164,7 +167,7 @@ def run(specification: dict[str, Any]) -> dict[str, Any]:
     return {
         "start_up_seconds": engine.start_up_seconds,
         "expert_cache": engine.sizes,
-        "gpu_memory": engine.llm.collective_rpc(gpu_memory)[0] if torch.cuda.is_available() else None,
+        "gpu_memory": engine.llm.collective_rpc(gpu_memory)[0] if specification["cuda"] else None,
         "measurements": measurements,
     }
 

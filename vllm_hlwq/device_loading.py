@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import torch
 
-from .device_expert_cache import DeviceExpertCache, Staging
+from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .host_store import HostStore, RecordLayout
 from .marlin_moe import MarlinBackend
 from .options import flag
+from .staging import Staging
 from .weight_bank import WeightBank
 
 CHUNK_BYTES = 64 * 2**20
