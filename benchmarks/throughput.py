@@ -176,9 +176,11 @@ class Benchmark:
             common["kv_cache_memory_bytes"] = round(options.kv_cache_gib * 2**30)
         specification = {
             "task": "engine", "cuda": self.cuda, "model": str(options.model), "cached": name == "cache",
-            "engine": common | arguments,
-            "batches": options.batches, "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens,
-            "repeats": options.repeats,
+            "engine": common | arguments, "repeats": options.repeats,
+            "cases": [
+                {"batch": batch, "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
+                for batch in options.batches
+            ],
         }  # fmt: skip
         routing = {ROUTING_VARIABLE: ROUTINGS[options.routing]}
         result = run_task(specification, routing, options.timeout, self._log_path(name, size))

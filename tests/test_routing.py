@@ -18,6 +18,7 @@ from vllm_hlwq.bench.routing import (
     REPEAT,
     REUSE_WITHIN_8,
     STEPS,
+    STRATEGIES,
     LocalityTable,
     locality_trace,
 )
@@ -137,7 +138,7 @@ print("vllm_hlwq.bench.routing" in sys.modules)
 os.environ[{ROUTING_VARIABLE!r}] = {MEASURED_LOCALITY!r}
 register()
 from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import RoutingSimulator
-print({MEASURED_LOCALITY!r} in RoutingSimulator.get_available_strategies())
+print({set(STRATEGIES)!r} <= set(RoutingSimulator.get_available_strategies()))
 """
 
 
