@@ -15,6 +15,7 @@ import torch
 from engines import LoadedModel
 from make_checkpoint import SHAPES as REAL_SHAPES
 from make_checkpoint import make_checkpoint, plan_checkpoint
+from vllm.model_executor.layers.fused_moe.utils import _resize_cache
 
 from vllm_hlwq import marlin_moe
 from vllm_hlwq.bench.moe_shapes import SHAPES, MoeShape
@@ -94,6 +95,23 @@ def test_the_shapes_are_those_of_the_checkpoints(name: str, tmp_path: Path) -> N
     assert moe_config(shape).activation == type(moe_config(shape).activation).from_str(activation)
     one = [t for n, t in planned.items() if ".experts.3." in n and not n.endswith("_shape")]
     assert shape.checkpoint_layout().record_bytes == shape.marlin_layout().record_bytes == sum(t.bytes for t in one)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), SMALL, QWEN], ids=[*SHAPES, "small", "qwen"])
+def test_buffers_hold_what_vllm_makes_views_of(shape: MoeShape) -> None:
+    """Also where the hidden size exceeds gate and up together, as in real models."""
+    backend, tokens, room = marlin_backend(shape), 3, 5
+    rows = tokens * shape.top_k
+    sizes = backend.workspace_shapes(room, shape.hidden, shape.top_k)
+    workspaces = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
+    buffers = backend.buffers(*workspaces, rows)
+    gate_up = _resize_cache(buffers.gate_up, (rows, 2 * shape.width))
+    _resize_cache(buffers.gate_up, (rows, shape.hidden))
+    activated = _resize_cache(buffers.activated, (rows, shape.width))
+    assert buffers.out_rows.shape == (rows, shape.hidden)
+    for number, part in enumerate((gate_up, activated, buffers.out_rows), 1):
+        part.fill_(number)
+    assert [part.unique().tolist() for part in (gate_up, activated, buffers.out_rows)] == [[1.0], [2.0], [3.0]]
 
 
 def test_making_a_backend_imports_what_notes_vllms_current_stream() -> None:
