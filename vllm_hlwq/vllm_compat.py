@@ -177,6 +177,17 @@ BORROWED: dict[str, Borrowed] = {
         "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
     ),
     "scalar_types": Borrowed("vllm.scalar_type", "scalar_types", "vLLM's names of 4-bit weights", ("uint4", "uint4b8")),
+    "MoEActivation": Borrowed(
+        f"{_FUSED_MOE}.activation",
+        "MoEActivation",
+        "vLLM's name of a layer's activation, for a layer that is benchmarked without an engine",
+        ("from_str",),
+    ),
+    "init_workspace_manager": Borrowed(
+        "vllm.v1.worker.workspace",
+        "init_workspace_manager",
+        "lets the Marlin kernels keep their locks from call to call outside an engine too, as they do in one",
+    ),
     "RoutingStrategy": Borrowed(
         f"{_FUSED_MOE}.router.routing_simulator_router",
         "RoutingStrategy",
