@@ -7,11 +7,12 @@ Marlin, in several waves it differs by no more than Marlin itself between batch 
 the resident model.
 
 Performance is measured on a random checkpoint in the shape of Gemma-4-26B-A4B, each engine in a process of its own with
-the same KV cache: stock vLLM on Marlin with all experts resident, the cache at three sizes, and vLLM's own ways to offload
-experts at equal GPU memory. Engines run on CUDA graphs without torch.compile, which takes most of a start-up and
-changes nothing that is compared; ``--compile`` leaves vLLM its default.
+the same KV cache: stock vLLM on Marlin with all experts resident, the cache at three sizes, and vLLM's own ways to
+offload experts at equal GPU memory. Engines run on CUDA graphs without torch.compile, which takes most of a start-up
+and changes nothing that is compared; ``--compile`` leaves vLLM its default.
 
-Prints a line for each promise and writes ``DIR/gpu_acceptance.json``. The exit code is 0 if all are kept.
+Prints a line for each promise and writes ``DIR/gpu_acceptance.json`` and, into ``DIR/logs``, what engines and tests
+printed. The exit code is 0 if all are kept.
 """
 
 from __future__ import annotations
@@ -184,12 +185,15 @@ def main(words: list[str] | None = None) -> int:
         raise SystemExit(f"gpu_acceptance: the machine cannot be described: {machine['reason']}")
     if "gpu" not in machine["environment"]:
         raise SystemExit("gpu_acceptance: needs a CUDA GPU; torch finds none on this machine")
-    options.out.mkdir(parents=True, exist_ok=True)
-    link = machine["bytes_per_second"]
-    result: dict[str, Any] = {"environment": machine["environment"], "link_bytes_per_second": link}
+    logs = options.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "environment": machine["environment"],
+        "link_bytes_per_second": machine["bytes_per_second"],
+        "parts": options.parts,
+    }
     criteria: list[Criterion] = []
     with tempfile.TemporaryDirectory(prefix="acceptance-") as scratch:
-        logs = Path(scratch)
         if "correctness" in options.parts:
             result["tests"] = run_tests(logs)
             criteria += [
@@ -197,13 +201,13 @@ def main(words: list[str] | None = None) -> int:
                 for name, found in result["tests"].items()
             ]
         if "performance" in options.parts:
-            model = options.model or logs / SHAPE
+            model = options.model or Path(scratch) / SHAPE
             if not options.model:
                 make_checkpoint(SHAPE, model, options.layers)
             result |= {"model": SHAPE, "layers": options.layers, "compiled": options.compile}
-            result["gather"] = gather_rates(logs)
+            result["gather"] = gather_rates(Path(scratch))
             result["engines"] = Performance(model, options.compile, logs, options.timeout).run()
-            criteria += judge(result["engines"], result["gather"], link)
+            criteria += judge(result["engines"], result["gather"], result["link_bytes_per_second"])
     result["criteria"] = [vars(found) for found in criteria]
     result["seconds"] = round(time.monotonic() - start)
     (options.out / "gpu_acceptance.json").write_text(json.dumps(result, indent=2) + "\n")
