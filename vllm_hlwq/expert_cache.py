@@ -24,8 +24,8 @@ EMPTY = -1
 """Marks an expert without a slot and a slot without an expert."""
 
 COUNTERS = ("steps", "queries", "hits", "admitted", "evictions", "staged", "waves", "copied")
-"""What a layer counts. ``queries`` are distinct experts per step: queries = hits + admitted + staged. ``copied`` are the
-experts that moved to the device: admitted and staged ones, and prefetched ones whether needed or not."""
+"""What a layer counts. ``queries`` are distinct experts per step: queries = hits + admitted + staged. ``copied`` ones
+moved to the device: those admitted and staged, and those prefetched whether needed or not."""
 
 MENTIONS_OF_A_PROMPT = 4
 """Mentions per expert of the layer from which on a step is taken for a prompt. Tokens that mention each of 128 experts

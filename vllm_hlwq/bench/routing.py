@@ -1,9 +1,10 @@
 """Routing with the locality that was measured in real models, for checkpoints whose random weights route uniformly.
 
-A strategy of vLLM's ``RoutingSimulator``, chosen by ``VLLM_MOE_ROUTING_SIMULATION_STRATEGY=measured_locality``; another,
-``measured_locality_but_one``, never names the last expert, so that a cache of all the others soon misses nothing. What
-takes part in a step is read from a table made once, on the CPU and from a seed: a step costs two small kernels a layer
-in a CUDA graph and no host synchronisation, less than the router it replaces, so timings stay comparable.
+A strategy of vLLM's ``RoutingSimulator``, chosen by ``VLLM_MOE_ROUTING_SIMULATION_STRATEGY=measured_locality``; its
+sibling ``measured_locality_but_one`` never names the last expert, so that a cache of all the others soon misses
+nothing. What takes part in a step is read from a table made once, on the CPU and from a seed: a step costs two small
+kernels a layer in a CUDA graph and no host synchronisation, less than the router it replaces, so timings stay
+comparable.
 
 The simulator hands over hidden states and router logits, not sequences or positions. So up to ``DECODE_ROWS`` rows
 are taken as one token each of as many sequences, row r always the same one; more rows are taken as consecutive tokens.
