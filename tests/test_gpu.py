@@ -66,6 +66,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def share_chosen(gaps: list[float]) -> float:
+    """How many tokens are the first choice."""
+    return sum(gap == 0 for gap in gaps) / len(gaps)
+
+
 MODES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     # vLLM's default takes long to start, so that a single cache size stands for it.
     "compiled": ({}, (4,)),
@@ -84,6 +89,9 @@ def test_tokens_are_those_of_stock_marlin(
     stock = Engine(tiny_int4, 0, moe_backend="marlin", **arguments)
     wanted = stock.greedy()
     assert len({token for tokens in wanted for token in tokens}) > 30
+    # Decoded one by one and read at once, stock itself comes to other logits: no more is asked of the cache.
+    control = stock.gaps(PROMPTS, wanted) + stock.gaps(PROMPTS * 4, stock.together())
+    assert share_chosen(control) > 0.9
     for cache_size in cache_sizes:
         engine = Engine(tiny_int4, cache_size, **arguments)
         before = engine.counters()
@@ -92,8 +100,8 @@ def test_tokens_are_those_of_stock_marlin(
         counters = engine.counters()
         for prompts, sequences in ((PROMPTS, alone), (PROMPTS * 4, together)):
             gaps = stock.gaps(prompts, sequences)
-            assert max(gaps) < 0.1
-            assert sum(gap == 0 for gap in gaps) >= 0.97 * len(gaps)
+            assert max(gaps) <= max(0.1, 2 * max(control)), f"{sorted(gaps)[-9:]}, stock: {sorted(control)[-9:]}"
+            assert share_chosen(gaps) >= share_chosen(control) - 0.02
         if cache_size == 16:
             assert alone == wanted
             assert not any(counters.values())

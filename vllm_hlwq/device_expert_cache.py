@@ -61,6 +61,7 @@ class DeviceExpertCache:
         self._runtime = torch.get_device_module(device)
         self.table = DeviceSlotTable(num_experts, slot_bank.rows, staging.rows, max_tokens, top_k, device)
         self._load_slots = Gather(store.layout, slot_bank)
+        staging.add(self)
         self._staged_rows = torch.arange(num_experts, dtype=torch.int32, device=device) % staging.rows
         self._compile_kernels(self.table, top_k, device)
 

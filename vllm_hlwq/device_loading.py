@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .cudart import PageLocker
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .host_store import HostStore, RecordLayout
@@ -31,8 +32,9 @@ def converted_chunks(
     """First expert and kernel-layout fields ``[chunk, ...]`` of each chunk of a layer, on the device."""
     step = max(1, CHUNK_BYTES // raw.layout.record_bytes)
     for start in range(0, raw.num_experts, step):
-        chunk = {name: raw.field(name)[start : start + step].to(device) for name in raw.layout}
-        yield start, backend.convert(chunk)
+        # One copy of whole records, which needs no work of the processor.
+        chunk = raw.layout.views(raw.records[start : start + step].to(device))
+        yield start, backend.convert({name: field.contiguous() for name, field in chunk.items()})
 
 
 def kernel_layout(raw: HostStore, backend: MarlinBackend, device: torch.device) -> RecordLayout:
@@ -41,17 +43,36 @@ def kernel_layout(raw: HostStore, backend: MarlinBackend, device: torch.device) 
     return RecordLayout({name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in one.items()})
 
 
-def convert_store(raw: HostStore, layout: RecordLayout, backend: MarlinBackend, device: torch.device) -> HostStore:
-    """A layer's experts in the kernels' layout, in page-locked memory.
+def convert_store(
+    raw: HostStore,
+    layout: RecordLayout,
+    backend: MarlinBackend,
+    device: torch.device,
+    runtime: PageLocker | None = None,
+) -> HostStore:
+    """A layer's experts in the kernels' layout, in page-locked memory: where they were loaded, if they fit there.
+
+    Args:
+        raw: the experts as loaded; not to be used any more.
+        layout: of the kernels.
+        backend: converts.
+        device: where it converts.
+        runtime: page-locks; by default the CUDA runtime of this process.
 
     Raises:
         ExpertCacheError: the memory cannot be mapped or page-locked.
     """
-    store = HostStore(raw.num_experts, layout, device)
-    store.page_lock()
+    in_place = layout.record_bytes == raw.layout.record_bytes
+    store = raw if in_place else HostStore(raw.num_experts, layout, device)
+    store.page_lock(runtime)
     for start, fields in converted_chunks(raw, backend, device):
-        for name, tensor in fields.items():
-            store.field(name)[start : start + len(tensor)].copy_(tensor)
+        count = len(next(iter(fields.values())))
+        records = torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
+        for name, part in layout.views(records).items():
+            part.copy_(fields[name])
+        store.records[start : start + count].copy_(records)
+    if in_place:
+        store.relabel(layout)
     return store
 
 

@@ -41,6 +41,7 @@ class Staging:
     stream: torch.cuda.Stream | torch.cpu.Stream
     _arrival: Arrival | None = None
     _latest: tuple[weakref.ref[Any], DeviceExpertCache] | None = None
+    _layers: list[DeviceExpertCache] = field(default_factory=list)
     _successors: dict[int, DeviceExpertCache] = field(default_factory=dict)
 
     @classmethod
@@ -59,10 +60,20 @@ class Staging:
     def nbytes(self) -> int:
         return sum(bank.nbytes for bank in self.banks)
 
+    def add(self, layer: DeviceExpertCache) -> None:
+        """Let a layer use these banks; layers come in the order of the model."""
+        self._layers.append(layer)
+
     def enter(self, layer: DeviceExpertCache, forward: object) -> None:
-        """Note that ``layer`` runs in a forward pass; by this each layer's successor is learned."""
+        """Note that ``layer`` runs in a forward pass; by this each layer's successor is learned.
+
+        A layer has none that comes before it in the model, as when several passes share an object: what is prefetched
+        must be used before the pass ends, since a captured graph after it knows nothing of copies under way.
+        """
         if self._latest is not None and self._latest[0]() is forward:
-            self._successors[id(self._latest[1])] = layer
+            previous = self._latest[1]
+            if self._layers.index(previous) < self._layers.index(layer):
+                self._successors[id(previous)] = layer
         self._latest = weakref.ref(forward), layer
 
     def successor(self, layer: DeviceExpertCache) -> DeviceExpertCache | None:

@@ -160,5 +160,18 @@ def test_what_was_prefetched_for_another_pass_is_not_used() -> None:
     run_and_check(second, ids)
 
 
+def test_the_first_layer_of_a_model_follows_no_other() -> None:
+    """Two passes may share an object, as warm-up's might; nothing is on its way when the second of them ends."""
+    torch.manual_seed(0)
+    staging = Staging.allocate(9, 2, LAYOUT, CPU)
+    first, second = (make_cache(3, staging) for _ in range(2))
+    forward = Forward()
+    for _ in range(3):
+        run_and_check(first, distinct_ids(20), forward=forward)
+        run_and_check(second, distinct_ids(20), forward=forward)
+    assert staging.successor(first) is second
+    assert staging.successor(second) is None
+
+
 class Forward:
     """Stands for vLLM's forward context, of which the cache uses the identity."""
