@@ -31,9 +31,8 @@ from acceptance_criteria import Criterion, judge
 from make_checkpoint import make_checkpoint
 from rich.console import Console
 from rich.table import Table
-from throughput import ROUTING_VARIABLE, expert_memory, run_task
+from throughput import OFFLOADING, ROUTING_VARIABLE, expert_memory, run_task
 
-from vllm_hlwq.bench.controls import prefetch_arguments, uva_arguments
 from vllm_hlwq.bench.routing import BUT_ONE, MEASURED_LOCALITY
 from vllm_hlwq.options import config_key
 
@@ -74,6 +73,17 @@ def cache(name: str, slots: int, *cases: dict[str, int], routing: str = MEASURED
     return Engine(name, {"additional_config": {config_key("cache_size"): slots}}, cases, slots, routing)
 
 
+MARLIN = {"moe_backend": "marlin"}
+ENGINES = {
+    "resident": Engine("resident", MARLIN, (ALONE, PROMPT, MANY)),
+    "cache": cache("cache", SLOTS, ALONE, PROMPT, MANY),
+    "all_but_one": cache("all_but_one", EXPERTS - 1, ALONE, routing=BUT_ONE),
+    "all": cache("all", EXPERTS, ALONE),
+}
+ENGINE_NAMES = [*ENGINES, *OFFLOADING]
+"""In the order in which they are measured."""
+
+
 @dataclass
 class Performance:
     """Engines of one checkpoint, measured one after the other."""
@@ -84,19 +94,21 @@ class Performance:
     timeout: float
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def run(self) -> dict[str, dict[str, Any]]:
-        marlin = {"moe_backend": "marlin"}
-        self.measure(Engine("resident", marlin, (ALONE, PROMPT, MANY)))
-        self.measure(cache("cache", SLOTS, ALONE, PROMPT, MANY))
-        self.measure(cache("all_but_one", EXPERTS - 1, ALONE, routing=BUT_ONE))
-        self.measure(cache("all", EXPERTS, ALONE))
-        sizes = self.engines["cache"].get("expert_cache")
-        if sizes:
-            memory = expert_memory(sizes)
-            for name, arguments in (("uva", uva_arguments(memory)), ("prefetch", prefetch_arguments(memory))):
-                assert arguments is not None  # a quarter of the experts is resident
-                self.measure(Engine(name, arguments | marlin, (ALONE, MANY)))
+    def run(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        for name in names:
+            engine = ENGINES.get(name) or self.offloading(name)
+            if engine is not None:
+                self.measure(engine)
         return self.engines
+
+    def offloading(self, name: str) -> Engine | None:
+        """vLLM's own offloading with as much GPU memory for experts as the cache has, which must be known by now."""
+        sizes = self.engines.get("cache", {}).get("expert_cache")
+        if sizes is None:
+            return None
+        arguments = OFFLOADING[name](expert_memory(sizes))
+        assert arguments is not None  # a quarter of the experts is resident
+        return Engine(name, arguments | MARLIN, (ALONE, MANY))
 
     def measure(self, engine: Engine) -> None:
         common: dict[str, Any] = {
@@ -172,6 +184,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, help="decoder layers of the checkpoint that is made (default: the model's own)"
     )
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINE_NAMES, default=ENGINE_NAMES, help="measure only these, in this order"
+    )
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as vLLM does by default")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one engine")
     return parser.parse_args(words)
@@ -206,7 +221,7 @@ def main(words: list[str] | None = None) -> int:
                 make_checkpoint(SHAPE, model, options.layers)
             result |= {"model": SHAPE, "layers": options.layers, "compiled": options.compile}
             result["gather"] = gather_rates(Path(scratch))
-            result["engines"] = Performance(model, options.compile, logs, options.timeout).run()
+            result["engines"] = Performance(model, options.compile, logs, options.timeout).run(options.engines)
             criteria += judge(result["engines"], result["gather"], result["link_bytes_per_second"])
     result["criteria"] = [vars(found) for found in criteria]
     result["seconds"] = round(time.monotonic() - start)
