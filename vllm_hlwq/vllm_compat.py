@@ -20,7 +20,10 @@ NEWEST_CHECKED = "0.33.0"
 
 @dataclass(frozen=True)
 class Borrowed:
-    """One name of vLLM's: where it is, why it is needed, and the members of it that are used or overridden."""
+    """One name of vLLM's: where it is, why it is needed, and the members of it that are used or overridden.
+
+    Members are of the class, or set by its methods on ``self``.
+    """
 
     module: str
     attribute: str
@@ -54,8 +57,16 @@ BORROWED: dict[str, Borrowed] = {
     "GPUWorker": Borrowed(
         "vllm.v1.worker.gpu_worker",
         "Worker",
-        "base of our worker on CUDA, chosen through the public worker_cls setting",
-        ("load_model", "compile_or_warm_up_model", "shutdown", "reload_weights", "update_weights"),
+        "base of our worker on CUDA, chosen through the public worker_cls setting; it knows the memory that is granted",
+        (
+            "load_model",
+            "compile_or_warm_up_model",
+            "shutdown",
+            "reload_weights",
+            "update_weights",
+            "init_snapshot",
+            "requested_memory",
+        ),
     ),
     "CPUWorker": Borrowed(
         "vllm.v1.worker.cpu_worker",
