@@ -1,9 +1,13 @@
-"""Builds gather_bulk.cu with nvcc and offers its variants with the interface of ``vllm_hlwq.gather_kernel.Gather``."""
+"""Builds gather_bulk.cu with nvcc and offers its variants with the interface of ``vllm_hlwq.gather_kernel.Gather``.
+
+python benchmarks/gather_bulk.py 9.0 LIBRARY.so     # for a GPU machine that has no nvcc
+"""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -33,17 +37,20 @@ class Lists(ctypes.Structure):
     )
 
 
-def build(folder: Path, capability: tuple[int, int]) -> ctypes.CDLL:
-    """Compile for a compute capability such as (9, 0) and load the library.
+def build(library: Path, capability: tuple[int, int]) -> None:
+    """Compile into a library for a compute capability such as (9, 0).
 
     Raises:
         FileNotFoundError: there is no nvcc.
         subprocess.CalledProcessError: it failed.
     """
-    library = folder / "gather_bulk.so"
     arch = f"-arch=sm_{capability[0]}{capability[1]}"
     options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
     subprocess.run(["nvcc", arch, *options, "-o", str(library), str(SOURCE)], check=True)
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """What ``build`` has made."""
     loaded = ctypes.CDLL(str(library))
     loaded.gather_launch.restype = ctypes.c_char_p
     return loaded
@@ -65,7 +72,7 @@ class CudaGather(Gather):
         """Choose a kernel.
 
         Args:
-            library: what ``build`` returned.
+            library: what ``load`` returned.
             variant: one of ``VARIANTS``; "bulk" needs compute capability 9.0.
             layout: of the stores to load from.
             bank: where experts go.
@@ -75,12 +82,20 @@ class CudaGather(Gather):
         """
         if variant == "bulk" and torch.cuda.get_device_capability() < (9, 0):
             raise ValueError("bulk asynchronous copies need compute capability 9.0")
-        super().__init__(layout, bank, programs, chunk_bytes)
+        super().__init__(layout, bank, programs, chunk_bytes, warps=4)
         self.library, self.number, self.stages = library, VARIANTS.index(variant), stages
 
     def __call__(
-        self, store_address: int, experts: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, first: int = 0
+        self,
+        store_address: int,
+        experts: torch.Tensor,
+        rows: torch.Tensor,
+        count: torch.Tensor,
+        first: int = 0,
+        skip: torch.Tensor | None = None,
     ) -> None:
+        if skip is not None:
+            raise ValueError("this kernel copies whole lists only")
         lists = Lists(
             store_address, self.record_bytes, self.chunk_table.data_ptr(), len(self.chunk_table), self.bank.rows,
             experts.data_ptr(), rows.data_ptr(), count.data_ptr(), first,
@@ -91,3 +106,8 @@ class CudaGather(Gather):
         )
         if error is not None:
             raise RuntimeError(f"gather variant {VARIANTS[self.number]}: {error.decode()}")
+
+
+if __name__ == "__main__":
+    major, minor = (int(part) for part in sys.argv[1].split("."))
+    build(Path(sys.argv[2]), (major, minor))

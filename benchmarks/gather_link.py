@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gather_bulk import VARIANTS, CudaGather, build
+from gather_bulk import VARIANTS, CudaGather, build, load
 
 from vllm_hlwq.bench.cuda_timing import seconds_per_call
 from vllm_hlwq.bench.moe_shapes import MoeShape
@@ -27,7 +27,7 @@ from vllm_hlwq.weight_bank import WeightBank
 EXPERTS_A_CALL = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT_EXPERTS = (1, 8)
 QUICK_EXPERTS_A_CALL = (1, 8)
-PROGRAM_COUNTS = (16, 32, 64, 96, 132, 264)
+PROGRAM_COUNTS = (4, 8, 16, 32, 64, 132)
 SHARED_MEMORY_BYTES = 220 * 1024  # a block's most on Hopper, less what the barriers need
 
 
@@ -164,13 +164,13 @@ def pcie_link() -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-def measure(shape: MoeShape, swept: bool, cuda_cpp: bool, quick: bool = False) -> dict[str, Any]:
+def measure(shape: MoeShape, swept: bool, cuda_cpp: str | None, quick: bool = False) -> dict[str, Any]:
     """Copy engine against gather at 1 to 128 experts a launch.
 
     Args:
         shape: the layer.
         swept: try the kernel's sizes too, about a minute.
-        cuda_cpp: and the CUDA C++ variants, which nvcc builds first.
+        cuda_cpp: and the CUDA C++ variants out of this library of ``gather_bulk.py``; nvcc builds it first if "".
         quick: only two numbers of experts a launch.
     """
     link = Link(shape)
@@ -190,10 +190,12 @@ def measure(shape: MoeShape, swept: bool, cuda_cpp: bool, quick: bool = False) -
     }
     if swept:
         result["sweep"] = sweep(link, triton_variants(link))
-    if cuda_cpp:
+    if cuda_cpp is not None:
         with tempfile.TemporaryDirectory(prefix="gather-") as folder:
-            library = build(Path(folder), torch.cuda.get_device_capability())
-            result["cuda_sweep"] = sweep(link, cuda_variants(link, library))
+            library = Path(cuda_cpp or f"{folder}/gather_bulk.so")
+            if not cuda_cpp:
+                build(library, torch.cuda.get_device_capability())
+            result["cuda_sweep"] = sweep(link, cuda_variants(link, load(library)))
     return result
 
 

@@ -66,7 +66,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="gemma-4-26b-a4b", help="the layer's sizes")
     parser.add_argument("--quick", action="store_true", help="a few of the measurements only")
     parser.add_argument("--sweep", action="store_true", help="gather: try grid, chunk and block sizes, about a minute")
-    parser.add_argument("--cuda-cpp", action="store_true", help="gather: the CUDA C++ variants too (needs nvcc)")
+    parser.add_argument(
+        "--cuda-cpp", nargs="?", const="", metavar="LIBRARY",
+        help="gather: the CUDA C++ variants too, out of a library of gather_bulk.py, which else nvcc builds now",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for moe_layer.json")
     return parser.parse_args(arguments)
 

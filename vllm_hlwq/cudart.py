@@ -12,6 +12,9 @@ from typing import Any, Protocol
 MAPPED_AND_PORTABLE = 0x1 | 0x2
 """cudaHostRegister: readable by kernels, and page-locked for every device of the process."""
 
+HOST_TO_DEVICE = 1
+"""cudaMemcpyKind."""
+
 
 class CudaError(RuntimeError):
     """A call of the CUDA runtime that failed, with the runtime's own number and words for it."""
@@ -67,6 +70,23 @@ class CudaRuntime:
         self.check(self.library.cudaHostGetDevicePointer(ctypes.byref(found), host, ctypes.c_uint(0)))
         assert found.value is not None
         return found.value
+
+    def copy_rows_to_device(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: int
+    ) -> None:
+        """Let a copy engine bring ``rows`` stretches of ``width`` bytes out of page-locked memory; only enqueues.
+
+        Args:
+            target, source: addresses of the first stretch on the device and on the host.
+            target_pitch, source_pitch: bytes from one stretch to the next.
+            width: bytes of a stretch.
+            rows: stretches.
+            stream: handle of the stream.
+        """
+        addresses = (ctypes.c_void_p(target), ctypes.c_size_t(target_pitch), ctypes.c_void_p(source))
+        sizes = (ctypes.c_size_t(source_pitch), ctypes.c_size_t(width), ctypes.c_size_t(rows))
+        handle = ctypes.c_void_p(stream)
+        self.check(self.library.cudaMemcpy2DAsync(*addresses, *sizes, ctypes.c_int(HOST_TO_DEVICE), handle))
 
     def pci_id(self, device_index: int) -> str:
         """PCI address of a device as /sys/bus/pci writes it, such as ``0000:17:00.0``."""

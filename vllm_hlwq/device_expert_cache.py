@@ -123,7 +123,10 @@ class DeviceExpertCache:
         if forward is None:
             return None
         self.staging_bank.enter(self, forward)
-        return self.staging_bank.take(self, forward) if self._overlaps(pairs) else None
+        if not self._overlaps(pairs):
+            return None
+        self.staging_bank.watch()
+        return self.staging_bank.take(self)
 
     def _overlaps(self, pairs: int) -> bool:
         """Whether layers prefetch for each other in a step of ``pairs``.
@@ -156,38 +159,34 @@ class DeviceExpertCache:
             prefetch(next_layer.table)
         staged_waves = table.num_waves - 1
         first_bank = 0 if arrival is None else arrival.bank
-        last_load = staged_waves if next_layer is None else staged_waves + 1
+        ahead = len(staging.banks)
 
         def bank(load: int) -> int:
-            return (first_bank + load - 1) % len(staging.banks)
+            return (first_bank + load - 1) % ahead
 
-        def enqueue(load: int) -> torch.cuda.Event | None:
-            gather = staging.gathers[bank(load)]
+        def enqueue(wave: int) -> torch.cuda.Event | None:
+            lists = (table.staged_experts, self._staged_rows, table.staged_count)
             with self._runtime.stream(staging.stream):
-                if load <= staged_waves:
-                    first = (load - 1) * staging.rows
-                    lists = (table.staged_experts, self._staged_rows, table.staged_count)
-                    gather(self._address, *lists, first, table.staged_skip)
-                elif next_layer is not None and next_layer.table is not None:
-                    lists = (next_layer.table.prefetch_experts, self._staged_rows, next_layer.table.prefetch_count)
-                    gather(next_layer._address, *lists)
+                staging.gathers[bank(wave)](self._address, *lists, (wave - 1) * staging.rows, table.staged_skip)
                 return staging.stream.record_event()
 
         compute = self._runtime.current_stream()
         # Also waits for the layers before, which read the staging banks.
         staging.stream.wait_stream(compute)
-        ahead = len(staging.banks)
-        loaded = {load: enqueue(load) for load in range(1, min(last_load, ahead) + 1)}
+        loaded = {wave: enqueue(wave) for wave in range(1, min(staged_waves, ahead) + 1)}
         self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
-        yield self.slot_bank, blocks[0]
-        for wave in range(1, table.num_waves):
-            compute.wait_event(loaded[wave])
-            yield staging.banks[bank(wave)], blocks[wave]
-            if wave + ahead <= last_load:
+        for wave in range(table.num_waves):
+            if wave:
+                compute.wait_event(loaded[wave])
+            yield staging.banks[bank(wave)] if wave else self.slot_bank, blocks[wave]
+            # A bank is free as soon as the wave that reads it is computed; the next layer's is the one after the last.
+            following = wave + ahead
+            if wave and following <= staged_waves + 1:
                 staging.stream.wait_stream(compute)
-                loaded[wave + ahead] = enqueue(wave + ahead)
-        if next_layer is not None:
-            staging.announce(next_layer, forward, bank(last_load))
+            if wave and following <= staged_waves:
+                loaded[following] = enqueue(following)
+            if next_layer is not None and wave == max(0, staged_waves + 1 - ahead):
+                staging.prefetch(next_layer, bank(staged_waves + 1))
 
     def reset(self) -> None:
         """Forget residency and counts: what warm-up loaded must leave no trace."""

@@ -14,15 +14,15 @@ import triton.language as tl
 from .host_store import FIELD_ALIGNMENT, RecordLayout
 from .weight_bank import WeightBank
 
-PROGRAMS = 64
-"""Programs of the grid. Assuming 2 us to fetch, a PCIe 5 x16 link (55 GB/s) has about 110 KB under way. 64 programs
-with a chunk each ask for several times that, so the link stays full while some of them look up their next chunk, and
-about half of a data-centre GPU's multiprocessors stay free for what computes meanwhile."""
+PROGRAMS = 16
+"""Programs of the grid. Assuming 2 us to fetch, a PCIe 5 x16 link (55 GB/s) has about 110 KB under way; 16 programs
+with a chunk each ask for 128 KB. More do not make it faster (``benchmarks/moe_layer.py --sweep``), and each takes a
+multiprocessor from what computes meanwhile."""
 
 CHUNK_BYTES = 8192
-"""Bytes that a program copies at once: with ``WARPS`` warps, four 16-byte reads under way in each thread."""
+"""Bytes that a program copies at once: with ``WARPS`` warps, two 16-byte reads under way in each thread."""
 
-WARPS = 4
+WARPS = 8
 
 NARROW_CHUNK_BYTES = tl.constexpr(512)
 """Chunk of a field whose bank rows are not 16-byte aligned, copied byte by byte. No INT4 layout of vLLM has one; per

@@ -14,6 +14,7 @@ import torch
 
 from .gather_kernel import Gather
 from .host_store import RecordLayout
+from .prefetching import SlotSnapshot, copy_records
 from .weight_bank import WeightBank
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ class Arrival:
     """Experts on their way into a bank for a layer that is next in a forward pass."""
 
     layer: DeviceExpertCache
-    forward: weakref.ref[Any]
     bank: int
 
 
@@ -39,6 +39,7 @@ class Staging:
     banks: tuple[WeightBank, ...]
     gathers: tuple[Gather, ...]
     stream: torch.cuda.Stream | torch.cpu.Stream
+    _snapshot: SlotSnapshot | None = None
     _arrival: Arrival | None = None
     _latest: tuple[weakref.ref[Any], DeviceExpertCache] | None = None
     _layers: list[DeviceExpertCache] = field(default_factory=list)
@@ -67,26 +68,38 @@ class Staging:
     def enter(self, layer: DeviceExpertCache, forward: object) -> None:
         """Note that ``layer`` runs in a forward pass; by this each layer's successor is learned.
 
-        A layer has none that comes before it in the model, as when several passes share an object: what is prefetched
-        must be used before the pass ends, since a captured graph after it knows nothing of copies under way.
+        A pass ends with its object, or where a layer follows one that does not come before it in the model: several
+        passes may share an object. What was read of the tables or prefetched in a pass is void after it.
         """
-        if self._latest is not None and self._latest[0]() is forward:
-            previous = self._latest[1]
+        latest, self._latest = self._latest, (weakref.ref(forward), layer)
+        if latest is not None and latest[0]() is forward:
+            previous = latest[1]
             if self._layers.index(previous) < self._layers.index(layer):
                 self._successors[id(previous)] = layer
-        self._latest = weakref.ref(forward), layer
+                return
+        self._snapshot = self._arrival = None
 
     def successor(self, layer: DeviceExpertCache) -> DeviceExpertCache | None:
         """The layer that followed ``layer`` when both last ran in one forward pass; None for the last one."""
         return self._successors.get(id(layer))
 
-    def announce(self, layer: DeviceExpertCache, forward: object, bank: int) -> None:
-        """Say that ``stream`` copies what was prefetched for ``layer`` into a bank."""
-        self._arrival = Arrival(layer, weakref.ref(forward), bank)
+    def watch(self) -> None:
+        """Read the slot tables of all layers, once in a pass."""
+        if self._snapshot is None:
+            self._snapshot = SlotSnapshot(self._layers)
 
-    def take(self, layer: DeviceExpertCache, forward: object) -> Arrival | None:
-        """What was announced, if it is for this layer in this forward pass; else it is void."""
+    def prefetch(self, layer: DeviceExpertCache, bank: int) -> None:
+        """Let ``stream`` copy into a bank what ``layer`` is going to need; it must be planned next in this pass.
+
+        Waits on the host until the snapshot of this pass is there, which is at most once.
+        """
+        assert self._snapshot is not None
+        assert layer.store is not None
+        experts = self._snapshot.experts_to_prefetch(layer, self.rows)
+        copy_records(layer.store, experts, self.banks[bank], self.stream)
+        self._arrival = Arrival(layer, bank)
+
+    def take(self, layer: DeviceExpertCache) -> Arrival | None:
+        """What was prefetched in this pass, if it is for this layer."""
         arrival, self._arrival = self._arrival, None
-        if arrival is not None and arrival.layer is layer and arrival.forward() is forward:
-            return arrival
-        return None
+        return arrival if arrival is not None and arrival.layer is layer else None

@@ -13,7 +13,7 @@ from vllm_hlwq.host_store import RecordLayout
 from vllm_hlwq.weight_bank import WeightBank
 
 CPU = torch.device("cpu")
-SMALLEST_CHUNK = 2048  # 16 bytes for each of 128 threads
+SMALLEST_CHUNK = 4096  # 16 bytes for each of 256 threads
 
 
 def int32(values: list[int]) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_a_bank_that_does_not_fit_the_records_is_refused(fields: dict[str, torch
         Gather(RecordLayout({"w13_weight": ((4, 4), torch.int32)}), WeightBank(fields))
 
 
-@pytest.mark.parametrize("chunk_bytes", [1024, 3072])
+@pytest.mark.parametrize("chunk_bytes", [2048, 6144])
 def test_chunks_that_threads_cannot_share_are_refused(chunk_bytes: int) -> None:
     layout = RecordLayout({"w13_weight": ((4, 4), torch.int32)})
     with pytest.raises(ValueError, match=f"{chunk_bytes} bytes"):
