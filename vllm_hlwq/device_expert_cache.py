@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .device_backend import Buffers, DeviceBackend
 from .expert_cache import COUNTERS
 from .gather_kernel import Gather
 from .host_store import HostStore, RecordLayout
-from .marlin_moe import Buffers, MarlinBackend
 from .plan_kernel import DeviceSlotTable, plan
 from .wave_blocks import Alignment, blocks_of_waves
 from .weight_bank import WeightBank
@@ -66,7 +66,7 @@ class DeviceExpertCache:
         store: HostStore | None,
         slot_bank: WeightBank,
         staging: Staging | None,
-        backend: MarlinBackend,
+        backend: DeviceBackend,
         num_experts: int,
         top_k: int,
         max_tokens: int,

@@ -1,7 +1,8 @@
 """From loaded checkpoint tensors to a layer's cache on CUDA: conversion in chunks, banks, and what does not fit.
 
 Experts are repacked on the GPU a chunk at a time, so that at no time more of a layer is there than its banks and one
-chunk, and in host memory no more than the experts once and one layer.
+chunk, and in host memory no more than the experts once and one layer. Those that the kernels read as they were loaded
+stay where they are.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
+from .device_backend import DeviceBackend
 from .device_expert_cache import DeviceExpertCache, Staging
 from .errors import ExpertCacheError
 from .host_store import HostStore, RecordLayout
-from .marlin_moe import MarlinBackend
 from .options import flag
 from .weight_bank import WeightBank
 
@@ -25,7 +26,7 @@ STAGING_BANKS = 2
 
 
 def converted_chunks(
-    raw: HostStore, backend: MarlinBackend, device: torch.device
+    raw: HostStore, backend: DeviceBackend, device: torch.device
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """First expert and kernel-layout fields ``[chunk, ...]`` of each chunk of a layer, on the device."""
     step = max(1, CHUNK_BYTES // raw.layout.record_bytes)
@@ -34,18 +35,23 @@ def converted_chunks(
         yield start, backend.convert(chunk)
 
 
-def kernel_layout(raw: HostStore, backend: MarlinBackend, device: torch.device) -> RecordLayout:
+def kernel_layout(raw: HostStore, backend: DeviceBackend, device: torch.device) -> RecordLayout:
     """Layout of a converted expert, found by converting one."""
+    if not backend.converts:
+        return raw.layout
     one = backend.convert({name: raw.field(name)[:1].to(device) for name in raw.layout})
     return RecordLayout({name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in one.items()})
 
 
-def convert_store(raw: HostStore, layout: RecordLayout, backend: MarlinBackend, device: torch.device) -> HostStore:
+def convert_store(raw: HostStore, layout: RecordLayout, backend: DeviceBackend, device: torch.device) -> HostStore:
     """A layer's experts in the kernels' layout, in page-locked memory.
 
     Raises:
         ExpertCacheError: the memory cannot be mapped or page-locked.
     """
+    if not backend.converts:
+        raw.page_lock()
+        return raw
     store = HostStore(raw.num_experts, layout, device)
     store.page_lock()
     for start, fields in converted_chunks(raw, backend, device):
@@ -54,7 +60,7 @@ def convert_store(raw: HostStore, layout: RecordLayout, backend: MarlinBackend, 
     return store
 
 
-def resident_bank(raw: HostStore, layout: RecordLayout, backend: MarlinBackend, device: torch.device) -> WeightBank:
+def resident_bank(raw: HostStore, layout: RecordLayout, backend: DeviceBackend, device: torch.device) -> WeightBank:
     """All experts of a layer on the device, in the kernels' layout."""
     bank = WeightBank.allocate(raw.num_experts, layout, device)
     for start, fields in converted_chunks(raw, backend, device):
@@ -76,7 +82,7 @@ def staging_rows(num_experts: int, num_slots: int, top_k: int, record_bytes: int
 
 def load_cache(
     raw: HostStore,
-    backend: MarlinBackend,
+    backend: DeviceBackend,
     num_slots: int,
     num_layers: int,
     top_k: int,

@@ -1,6 +1,6 @@
 """vLLM's container of expert weights, with the weights on the host: loading, and the choice of a cache and backend.
 
-A layer's cache then runs the steps: ``HostExpertCache`` with the reference backend, ``DeviceExpertCache`` with Marlin.
+A layer's cache then runs the steps: ``DeviceExpertCache`` with a backend on CUDA, ``HostExpertCache`` elsewhere.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from typing import Any
 
 import torch
 
+from .backends import choose_backend
 from .cached_experts import DeviceCachedExperts, HostCachedExperts
+from .device_backend import DeviceBackend
 from .device_expert_cache import DeviceExpertCache
 from .device_loading import load_cache
 from .errors import ExpertCacheError
+from .expert_formats import ExpertFormat
 from .host_expert_cache import HostExpertCache
 from .host_store import HostStore, RecordLayout
-from .marlin_moe import MarlinBackend, device_obstacle
 from .options import ExpertCacheOptions, config_key
 from .quant_config import make_quant_method
-from .reference_backend import ReferenceBackend
 from .vllm_compat import borrow
 from .weight_bank import WeightBank
-
-LOADER_ONLY = frozenset({"w13_weight_shape", "w2_weight_shape"})
-"""Tensors of compressed-tensors checkpoints that the loader fills and no kernel reads."""
 
 
 class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
@@ -46,33 +44,15 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         self._check_shape(prefix, moe_config)
         scheduler = vllm_config.scheduler_config
         self._max_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
-        method = make_quant_method(self, quant_config, prefix)
-        self._backend = self._choose_backend(
-            prefix, moe_config, getattr(method, "weight_quant", None), vllm_config.model_config.enforce_eager
-        )
-        return method
+        return make_quant_method(self, quant_config, prefix)
 
-    def _choose_backend(
-        self, prefix: str, moe_config: Any, weight_quant: Any, enforce_eager: bool
-    ) -> ReferenceBackend | MarlinBackend:
-        """Marlin for INT4 experts on CUDA, else the reference.
+    def choose_backend(self, expert_format: ExpertFormat) -> None:
+        """Choose what computes the experts; called when vLLM has settled the layer's sizes.
 
         Raises:
-            ExpertCacheError: the kernels cannot take the experts, or the reference backend would be captured.
+            ExpertCacheError: nothing on this machine computes them.
         """
-        if not borrow("current_platform").is_cuda():
-            return ReferenceBackend(moe_config.activation.value, weight_quant)
-        if weight_quant is None:
-            if not enforce_eager:
-                raise ExpertCacheError(
-                    f"{prefix}: 16-bit experts run on the reference backend, which reads expert ids on the host, and a "
-                    "CUDA graph cannot hold that: add --enforce-eager, or serve an INT4 checkpoint (hlwq export)"
-                )
-            return ReferenceBackend(moe_config.activation.value, None)
-        obstacle = device_obstacle(moe_config, weight_quant)
-        if obstacle is not None:
-            raise ExpertCacheError(f"{prefix}: vLLM's Marlin kernels cannot compute these experts: {obstacle}")
-        return MarlinBackend(weight_quant, moe_config)
+        self._backend = choose_backend(self.layer_name, expert_format, self.moe_config)
 
     def _check_shape(self, prefix: str, moe_config: Any) -> None:
         if self.options.cache_size > moe_config.num_local_experts:
@@ -80,35 +60,35 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
                 f"{config_key('cache_size')}={self.options.cache_size}: {prefix} has only "
                 f"{moe_config.num_local_experts} experts on this rank; give a number from 1 to that"
             )
-        gate_limits = (moe_config.swiglu_limit, moe_config.swiglu_alpha, moe_config.swiglu_beta)
-        if any(value is not None for value in gate_limits) and moe_config.activation.value != "swigluoai":
-            raise ExpertCacheError(
-                f"{prefix}: activation {moe_config.activation.value!r} with swiglu limit, alpha or beta {gate_limits} "
-                "is not known to the reference backend; serve this model without the expert cache"
-            )
 
-    def adopt_parameters(self, num_experts: int) -> None:
+    def adopt_parameters(self, num_experts: int, expert_format: ExpertFormat) -> None:
         """Replace the declared (memory-less) parameters by views into a new host store.
 
         Raises:
-            ExpertCacheError: a parameter has no expert dimension, so a slot could not hold an expert's part of it.
+            ExpertCacheError: a parameter is not of the format, or has no expert dimension, so that slots could not
+                hold an expert's part of it.
         """
         declared = dict(self.named_parameters(recurse=False))
         for name, parameter in declared.items():
+            if name not in expert_format.carried | expert_format.loader_only:
+                raise ExpertCacheError(
+                    f"{self.layer_name}: weight {name} is none that the expert cache carries for {expert_format.name} "
+                    "experts; serve this model without it"
+                )
             if parameter.ndim == 0 or parameter.shape[0] != num_experts:
                 raise ExpertCacheError(
                     f"{self.layer_name}: weight {name} of shape {tuple(parameter.shape)} has no leading dimension of "
                     f"{num_experts} experts, so the expert cache cannot hold it"
                 )
-        carried = {name: p for name, p in declared.items() if name not in LOADER_ONLY}
+        carried = {name: p for name, p in declared.items() if name in expert_format.carried}
         layout = RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
         self.store = HostStore(num_experts, layout, torch.device(self.moe_config.device))
         self._loaded: set[tuple[str, str, int]] = set()
         for name, parameter in declared.items():
-            data = self.store.field(name) if name in carried else torch.empty(parameter.shape, device="cpu")
-            placed = torch.nn.Parameter(data, requires_grad=False)
+            spare = torch.empty_like(parameter, device="cpu")
+            placed = torch.nn.Parameter(self.store.field(name) if name in carried else spare, requires_grad=False)
             placed.__dict__.update(parameter.__dict__)
-            placed.expert_field = name  # type: ignore[attr-defined]
+            placed.expert_field = name if name in carried else None  # type: ignore[attr-defined]
             setattr(self, name, placed)
 
     def weight_loader(
@@ -125,7 +105,7 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         vLLM itself narrows the place to a smaller tensor, for the sake of padded kernels that are not used here.
         """
         field = getattr(param, "expert_field", None)
-        if field is not None and field not in LOADER_ONLY:
+        if field is not None:
             self._check_fits(field, shard_id, expert_id, tuple(loaded_weight.shape[-2:]))
         success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
         if success and field is not None:
@@ -177,7 +157,7 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
             moe=self.moe_config, quant_config=quant_config, allow_new_interface=True, use_monolithic=False
         )
         experts: HostCachedExperts | DeviceCachedExperts
-        if isinstance(self._backend, MarlinBackend):
+        if isinstance(self._backend, DeviceBackend):
             layers = cached_layers(self._engine_layers)
             others = [layer.expert_cache for layer in layers if isinstance(layer.expert_cache, DeviceExpertCache)]
             self.expert_cache = load_cache(
@@ -187,8 +167,6 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
             experts = DeviceCachedExperts(self.moe_config, quant_config, self.expert_cache)
         else:
             staging = self._staging_bank(store, device)
-            if device.type == "cuda" and staging is not None:
-                store.page_lock()
             self.expert_cache = HostExpertCache(store, self.options.cache_size, staging, self._backend, device)
             experts = HostCachedExperts(self.moe_config, quant_config, self.layer_name)
         return borrow("FusedMoEKernel")(prepare, experts)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import ExpertCacheError
+from .expert_formats import SIXTEEN_BIT, ExpertFormat, compressed_tensors_int4
 from .vllm_compat import borrow
 
 SUPPORTED_QUANTISATIONS = "BF16, FP16 and compressed-tensors pack-quantized INT4 (group or channel scales)"
@@ -30,14 +31,16 @@ class HostLoadedMethod:
     supports_pre_processed_weights = False
     supports_eplb = False
     is_monolithic = False
+    expert_format: ExpertFormat
     moe_kernel: Any
     moe_quant_config: Any
 
     def create_weights(self, layer: Any, num_experts: int, **arguments: Any) -> None:
         """Declare the checkpoint tensors without memory, then let the layer give them places in its host store."""
+        layer.choose_backend(self.expert_format)
         with torch.device("meta"):
             super().create_weights(layer=layer, num_experts=num_experts, **arguments)  # type: ignore[misc]
-        layer.adopt_parameters(num_experts)
+        layer.adopt_parameters(num_experts, self.expert_format)
 
     def maybe_roundup_sizes(self, hidden_size: int, intermediate_size: int, *_: Any) -> tuple[int, int]:
         """Keep the model's sizes: the rounding rules of vLLM's kernels do not concern ours."""
@@ -82,6 +85,11 @@ class HostLoadedMethod:
 class UnquantizedFusedMoEMethod(HostLoadedMethod, StockUnquantized):  # type: ignore[misc]
     """BF16 or FP16 experts."""
 
+    expert_format = SIXTEEN_BIT
+
+    def __init__(self, moe: Any) -> None:
+        StockMethod.__init__(self, moe)  # StockUnquantized.__init__ asks for a kernel of vLLM's
+
 
 class CompressedTensorsWNA16MoEMethod(HostLoadedMethod, StockWNA16):  # type: ignore[misc]
     """Pack-quantized INT4 experts, symmetric or asymmetric, with group or channel scales."""
@@ -89,6 +97,7 @@ class CompressedTensorsWNA16MoEMethod(HostLoadedMethod, StockWNA16):  # type: ig
     def __init__(self, weight_quant: Any, moe: Any) -> None:
         # Not StockWNA16.__init__: it asks for a kernel of vLLM's. What create_weights reads is set here.
         StockMethod.__init__(self, moe)
+        self.expert_format = compressed_tensors_int4(weight_quant)
         self.weight_quant = weight_quant
         self.symmetric = weight_quant.symmetric
         self.num_bits = weight_quant.num_bits

@@ -120,7 +120,10 @@ BORROWED: dict[str, Borrowed] = {
         "vLLM's name of the asymmetric packed integer type",
     ),
     "FusedMoEQuantConfig": Borrowed(
-        f"{_FUSED_MOE}.config", "FusedMoEQuantConfig", "tells the kernel frame that activations stay 16-bit", ("make",)
+        f"{_FUSED_MOE}.config",
+        "FusedMoEQuantConfig",
+        "tells the kernel frame that activations stay 16-bit, and names tuned kernel settings",
+        ("make", "config_name"),
     ),
     "FusedMoEKernel": Borrowed(
         f"{_FUSED_MOE}.modular_kernel",
@@ -151,6 +154,33 @@ BORROWED: dict[str, Borrowed] = {
         f"{_FUSED_MOE}.experts.marlin_moe",
         "_fused_marlin_moe",
         "the Marlin kernels and the activation between them, over blocks that are already aligned",
+    ),
+    "TritonExperts": Borrowed(
+        f"{_FUSED_MOE}.experts.triton_moe",
+        "TritonExperts",
+        "the activation between the two products of 16-bit experts, with what it adds to the other backends'",
+        ("activation",),
+    ),
+    "invoke_fused_moe_triton_kernel": Borrowed(
+        f"{_FUSED_MOE}.fused_moe",
+        "invoke_fused_moe_triton_kernel",
+        "the Triton kernel of 16-bit experts, over blocks that are already aligned",
+    ),
+    "try_get_optimal_moe_config": Borrowed(
+        f"{_FUSED_MOE}.fused_moe",
+        "try_get_optimal_moe_config",
+        "tile sizes of that kernel for a resident model, which decide its bits",
+    ),
+    "apply_moe_activation_supported": Borrowed(
+        f"{_FUSED_MOE}.activation",
+        "apply_moe_activation_supported",
+        "tells whether the activation between the two products is one of vLLM's",
+    ),
+    "ApplyMoEActivationConfig": Borrowed(
+        f"{_FUSED_MOE}.activation",
+        "ApplyMoEActivationConfig",
+        "limit, alpha and beta of gated activations",
+        ("from_configs",),
     ),
     "moe_align_block_size": Borrowed(
         f"{_FUSED_MOE}.moe_align_block_size", "moe_align_block_size", "sorts a step's rows into blocks of one expert"

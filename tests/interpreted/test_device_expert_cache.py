@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_hlwq.device_backend import Buffers
 from vllm_hlwq.device_expert_cache import DeviceExpertCache, Staging
 from vllm_hlwq.expert_cache import SlotTable
 from vllm_hlwq.gather_kernel import Gather
 from vllm_hlwq.host_store import HostStore, RecordLayout
-from vllm_hlwq.marlin_moe import Buffers
 from vllm_hlwq.wave_blocks import Alignment
 from vllm_hlwq.weight_bank import WeightBank
 

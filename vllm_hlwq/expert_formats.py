@@ -1,0 +1,109 @@
+"""The formats of experts that the cache carries, as data.
+
+An ``ExpertFormat`` lists the tensors that a quant method of vLLM's registers for its experts, and says how those of a
+chunk of experts become what the kernels read. A tensor that is registered but not listed is refused: so nothing that
+a kernel needs can be lost between the loader and the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .vllm_compat import borrow
+
+Tensors = dict[str, torch.Tensor]
+Conversion = Callable[[Tensors, Any], Tensors]
+
+
+@dataclass(frozen=True)
+class ExpertFormat:
+    """How a checkpoint holds the experts of a layer.
+
+    Attributes:
+        name: what users call it.
+        carried: tensors, by the quant method's names, that are kept for each expert; a layer need not have all.
+        convert: fields of a chunk of experts ``[chunk, ...]`` and vLLM's configuration of the layer to the kernels'
+            fields ``[chunk, ...]``; None where the kernels read the tensors as they are.
+        loader_only: tensors that vLLM's loader fills and its kernels do not read.
+        weight_type: vLLM's name of the weights' type for its Marlin kernels; None for 16-bit weights, which run on
+            its Triton kernels.
+        group_size: input features that share a scale; None for one scale per output channel, or none.
+        weight_quant: compressed-tensors arguments, for the reference backend; None where it needs none.
+        on_reference: whether the reference backend computes it.
+    """
+
+    name: str
+    carried: frozenset[str]
+    convert: Conversion | None = None
+    loader_only: frozenset[str] = frozenset()
+    weight_type: str | None = None
+    group_size: int | None = None
+    weight_quant: Any = None
+    on_reference: bool = False
+
+
+def both(*names: str) -> frozenset[str]:
+    """Names of the tensors of both projections: ``weight`` -> ``w13_weight``, ``w2_weight``."""
+    return frozenset(f"{projection}_{name}" for projection in ("w13", "w2") for name in names)
+
+
+SIXTEEN_BIT = ExpertFormat("BF16 or FP16", both("weight", "bias"), on_reference=True)
+
+INT4_FIELDS = (
+    "w13_weight", "w2_weight", "w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point",
+    "w13_input_scale", "w2_input_scale", "w13_bias", "w2_bias",
+)  # fmt: skip
+"""What vLLM's INT4 conversion returns, in its order; absent ones are None. Input scales exist for INT8 activations."""
+
+
+def layer_of(raw: Tensors, moe_config: Any) -> SimpleNamespace:
+    """What vLLM's conversions read of a layer, for a chunk of its experts."""
+    return SimpleNamespace(
+        num_experts=len(next(iter(raw.values()))),
+        hidden_size=moe_config.hidden_dim,
+        intermediate_size_per_partition=moe_config.intermediate_size_per_partition,
+        params_dtype=moe_config.in_dtype,
+    )
+
+
+def convert_int4(quant_config: Any, tensors: dict[str, torch.Tensor | None], layer: SimpleNamespace) -> Tensors:
+    """INT4 experts to Marlin's layout by vLLM's conversion, which repacks, permutes and pads expert by expert.
+
+    Args:
+        quant_config: what the conversion takes the bits and the group size from.
+        tensors: ``w13``, ``w13_scale``, ``w13_qzeros``, ``w13_bias`` and those of ``w2``: ``[chunk, ...]`` or None.
+        layer: of ``layer_of``.
+    """
+    converted = borrow("convert_to_wna16_moe_kernel_format")(
+        backend=borrow("WNA16MoEBackend").MARLIN, layer=layer, quant_config=quant_config, input_dtype=None, **tensors
+    )
+    return {name: tensor for name, tensor in zip(INT4_FIELDS, converted, strict=True) if tensor is not None}
+
+
+def compressed_tensors_int4(weight_quant: Any) -> ExpertFormat:
+    """compressed-tensors ``pack-quantized`` with 4 bits, symmetric or not."""
+
+    def convert(raw: Tensors, moe_config: Any) -> Tensors:
+        tensors: dict[str, torch.Tensor | None] = {}
+        for projection in ("w13", "w2"):
+            tensors[projection] = raw[f"{projection}_weight_packed"]
+            tensors[f"{projection}_scale"] = raw[f"{projection}_weight_scale"]
+            tensors[f"{projection}_qzeros"] = raw.get(f"{projection}_weight_zero_point")
+            tensors[f"{projection}_bias"] = raw.get(f"{projection}_bias")
+        return convert_int4(weight_quant, tensors, layer_of(raw, moe_config))
+
+    return ExpertFormat(
+        "compressed-tensors INT4",
+        both("weight_packed", "weight_scale", "weight_zero_point", "bias"),
+        convert,
+        loader_only=both("weight_shape"),
+        weight_type="uint4b8" if weight_quant.symmetric else "uint4",
+        group_size=weight_quant.group_size,
+        weight_quant=weight_quant,
+        on_reference=True,
+    )
