@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import format_files
 import pytest
 import torch
 from checkpoints import NUM_EXPERTS, TOP_K
@@ -35,12 +36,22 @@ class Case:
         return self.stock == "triton"
 
 
+def qwen3(make: Callable[..., Path], **arguments: Any) -> Callable[[Path], Path]:
+    """Writes a Qwen3-MoE with experts in a format of ``format_files``."""
+    return lambda out: make(checkpoints.write(checkpoints.qwen3_moe_config(), out / "base"), out / "made", **arguments)
+
+
 CASES = {
     "bf16-silu": Case(lambda out: checkpoints.write(checkpoints.qwen3_moe_config(), out), "triton"),
     "bf16-gelu": Case(lambda out: checkpoints.write(checkpoints.gemma4_config(), out), "triton"),
     "fp16": Case(
         lambda out: checkpoints.write(checkpoints.qwen3_moe_config(), out), "triton", {"dtype": "float16"}
     ),
+    "awq": Case(qwen3(format_files.awq), "marlin"),
+    "awq-g32": Case(qwen3(format_files.awq, group_size=32), "marlin"),
+    "gptq": Case(qwen3(format_files.gptq), "marlin"),
+    "gptq-channel": Case(qwen3(format_files.gptq, group_size=-1), "marlin"),
+    "gptq-bias": Case(qwen3(format_files.gptq, biases=True), "marlin"),
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class ExpertFormat:
         convert: fields of a chunk of experts ``[chunk, ...]`` and vLLM's configuration of the layer to the kernels'
             fields ``[chunk, ...]``; None where the kernels read the tensors as they are.
         loader_only: tensors that vLLM's loader fills and its kernels do not read.
+        optional: of the carried ones those that a checkpoint need not have, though they are always registered.
         weight_type: vLLM's name of the weights' type for its Marlin kernels; None for 16-bit weights, which run on
             its Triton kernels.
         group_size: input features that share a scale; None for one scale per output channel, or none.
@@ -41,6 +42,7 @@ class ExpertFormat:
     carried: frozenset[str]
     convert: Conversion | None = None
     loader_only: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     weight_type: str | None = None
     group_size: int | None = None
     weight_quant: Any = None
@@ -106,4 +108,50 @@ def compressed_tensors_int4(weight_quant: Any) -> ExpertFormat:
         group_size=weight_quant.group_size,
         weight_quant=weight_quant,
         on_reference=True,
+    )
+
+
+def awq_int4(quant_config: Any) -> ExpertFormat:
+    """AWQ with 4 bits, packed along the outputs in AWQ's order, with zero points."""
+
+    def convert(raw: Tensors, moe_config: Any) -> Tensors:
+        tensors: dict[str, torch.Tensor | None] = {}
+        for projection in ("w13", "w2"):
+            tensors[projection] = raw[f"{projection}_qweight"]
+            tensors[f"{projection}_scale"] = raw[f"{projection}_scales"]
+            tensors[f"{projection}_qzeros"] = raw[f"{projection}_qzeros"]
+        return convert_int4(quant_config, tensors, layer_of(raw, moe_config))
+
+    return ExpertFormat(
+        "AWQ INT4",
+        both("qweight", "scales", "qzeros"),
+        convert,
+        weight_type="uint4",
+        group_size=quant_config.group_size,
+    )
+
+
+def gptq_int4(quant_config: Any) -> ExpertFormat:
+    """GPTQ with 4 bits, symmetric: its zero points are all the middle of the range, which the kernels assume.
+
+    vLLM registers biases for every model and drops them where the checkpoint has none.
+    """
+
+    def convert(raw: Tensors, moe_config: Any) -> Tensors:
+        tensors: dict[str, torch.Tensor | None] = {}
+        for projection in ("w13", "w2"):
+            # Inputs come first in GPTQ's tensors, outputs in what the conversion takes.
+            tensors[projection] = raw[f"{projection}_qweight"].transpose(1, 2).contiguous()
+            tensors[f"{projection}_scale"] = raw[f"{projection}_scales"].transpose(1, 2).contiguous()
+            tensors[f"{projection}_bias"] = raw.get(f"{projection}_bias")
+        return convert_int4(quant_config, tensors, layer_of(raw, moe_config))
+
+    return ExpertFormat(
+        "GPTQ INT4",
+        both("qweight", "scales", "bias"),
+        convert,
+        loader_only=both("qzeros"),
+        optional=both("bias"),
+        weight_type="uint4b8",
+        group_size=None if quant_config.group_size == -1 else quant_config.group_size,
     )

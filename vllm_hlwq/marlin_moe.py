@@ -13,13 +13,14 @@ import torch
 
 from .device_backend import Buffers, DeviceBackend, common_obstacle
 from .expert_formats import ExpertFormat
-from .marlin_shapes import marlin_obstacle
+from .marlin_shapes import int4_layout_obstacle, marlin_obstacle
 from .vllm_compat import borrow
 from .wave_blocks import Alignment
 from .weight_bank import WeightBank
 
 OLDEST_CAPABILITY = (7, 5)
 BLOCK_SIZES = (8, 16, 32, 48, 64)
+INT4_TYPES = ("uint4", "uint4b8")
 TILE = 64
 """Expert widths are padded to a multiple of it; vLLM pads gate and up each, so only gated experts can be padded."""
 
@@ -40,7 +41,11 @@ def device_obstacle(expert_format: ExpertFormat, moe_config: Any) -> str | None:
     width = moe_config.intermediate_size_per_partition
     if not moe_config.is_act_and_mul and width % TILE:
         return f"expert width {width} is no multiple of {TILE}, and experts without a gate are not padded"
-    return common_obstacle(moe_config) or marlin_obstacle(moe_config.hidden_dim, width, expert_format.group_size)
+    sizes = moe_config.hidden_dim, width, expert_format.group_size
+    obstacle = common_obstacle(moe_config) or marlin_obstacle(*sizes)
+    if obstacle is None and expert_format.weight_type in INT4_TYPES:
+        return int4_layout_obstacle(*sizes)
+    return obstacle
 
 
 def block_size(tokens: int, top_k: int, num_experts: int) -> int:

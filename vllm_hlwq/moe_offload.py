@@ -18,6 +18,7 @@ from .errors import ExpertCacheError
 from .expert_formats import ExpertFormat
 from .host_expert_cache import HostExpertCache
 from .host_store import HostStore, RecordLayout
+from .loaded_experts import LoadedExperts, Shapes
 from .options import ExpertCacheOptions, config_key
 from .quant_config import make_quant_method
 from .vllm_compat import borrow
@@ -61,8 +62,13 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
                 f"{moe_config.num_local_experts} experts on this rank; give a number from 1 to that"
             )
 
-    def adopt_parameters(self, num_experts: int, expert_format: ExpertFormat) -> None:
+    def adopt_parameters(self, num_experts: int, expert_format: ExpertFormat, stored: Shapes) -> None:
         """Replace the declared (memory-less) parameters by views into a new host store.
+
+        Args:
+            num_experts: experts on this rank.
+            expert_format: of the experts.
+            stored: shape of each parameter in the checkpoint, without the expert dimension.
 
         Raises:
             ExpertCacheError: a parameter is not of the format, or has no expert dimension, so that slots could not
@@ -83,7 +89,8 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         carried = {name: p for name, p in declared.items() if name in expert_format.carried}
         layout = RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
         self.store = HostStore(num_experts, layout, torch.device(self.moe_config.device))
-        self._loaded: set[tuple[str, str, int]] = set()
+        shapes = {name: stored[name] for name in carried}
+        self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes)
         for name, parameter in declared.items():
             spare = torch.empty_like(parameter, device="cpu")
             placed = torch.nn.Parameter(self.store.field(name) if name in carried else spare, requires_grad=False)
@@ -100,35 +107,17 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        """Load as vLLM does, but refuse what does not fill its place, and note what came.
-
-        vLLM itself narrows the place to a smaller tensor, for the sake of padded kernels that are not used here.
-        """
+        """Load as vLLM does, but refuse what does not fill its place, and note what came."""
         field = getattr(param, "expert_field", None)
+        whole_layer = loaded_weight.ndim == 3
         if field is not None:
-            self._check_fits(field, shard_id, expert_id, tuple(loaded_weight.shape[-2:]))
+            shape = tuple(loaded_weight.shape[1 if whole_layer else 0 :])
+            self.loaded.check_fits(param, field, shard_id, expert_id, shape)
         success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
         if success and field is not None:
-            whole_layer = loaded_weight.ndim == 3
-            local = self._map_global_expert_id_to_local_expert_id(expert_id)
-            experts = range(param.shape[0]) if whole_layer else (local,)
-            self._loaded.update((field, shard_id, expert) for expert in experts)
+            local = None if whole_layer else self._map_global_expert_id_to_local_expert_id(expert_id)
+            self.loaded.note(field, shard_id, local)
         return success if return_success else None
-
-    def _check_fits(self, field: str, shard_id: str, expert_id: int, shape: tuple[int, ...]) -> None:
-        assert self.store is not None
-        needed = self.store.layout[field].shape
-        if shard_id in ("w1", "w3") and self.moe_config.is_act_and_mul:
-            needed = (needed[0] // 2, *needed[1:])
-        ranks = self.moe_config.moe_parallel_config.tp_size
-        # Checkpoints hold whole matrices: a dimension that tensor parallelism cuts is as many times larger there.
-        if len(shape) != len(needed) or any(
-            have not in (size, size * ranks) for have, size in zip(shape, needed, strict=True)
-        ):
-            raise ExpertCacheError(
-                f"{self.layer_name}: checkpoint tensor {shard_id} for {field} of expert {expert_id} has shape {shape}, "
-                f"the model needs {needed}" + (f" on each of {ranks} ranks" if ranks > 1 else "") + "; export it again"
-            )
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
@@ -148,7 +137,7 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         """
         assert self.store is not None
         if self._expects_all_weights:
-            self._check_complete(self.store)
+            self.loaded.check_complete()
         device = torch.device(self.moe_config.device)
         for name in [name for name, _ in self.named_parameters(recurse=False)]:
             delattr(self, name)
@@ -158,6 +147,7 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         )
         experts: HostCachedExperts | DeviceCachedExperts
         if isinstance(self._backend, DeviceBackend):
+            self._backend.left_out = self.loaded.absent()
             layers = cached_layers(self._engine_layers)
             others = [layer.expert_cache for layer in layers if isinstance(layer.expert_cache, DeviceExpertCache)]
             self.expert_cache = load_cache(
@@ -182,22 +172,6 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
                 return cache.staging_bank
         rows = self.options.staging_size or staging_rows(store.num_experts, slots, self.top_k)
         return WeightBank.allocate(min(rows, store.num_experts - slots), store.layout, device)
-
-    def _check_complete(self, store: HostStore) -> None:
-        gated = ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
-        expected = {
-            (field, shard, expert)
-            for field in store.layout
-            for shard in (gated if field.startswith("w13_") else ("w2",))
-            for expert in range(store.num_experts)
-        }
-        missing = sorted(expected - self._loaded)
-        if missing:
-            field, shard, expert = missing[0]
-            raise ExpertCacheError(
-                f"{self.layer_name}: the checkpoint lacks {len(missing)} expert tensors, first {field} ({shard}) "
-                f"of expert {expert}; download or export it again"
-            )
 
 
 def staging_rows(num_experts: int, num_slots: int, top_k: int) -> int:

@@ -29,7 +29,8 @@ class Borrowed:
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
-_COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_COMPRESSED = f"{_QUANTIZATION}.compressed_tensors"
 
 BORROWED: dict[str, Borrowed] = {
     "EngineArgs": Borrowed(
@@ -108,6 +109,30 @@ BORROWED: dict[str, Borrowed] = {
         "CompressedTensorsConfig",
         "says which scheme the checkpoint gives a layer's experts",
         ("_add_fused_moe_to_target_scheme_map", "get_scheme_dict", "_is_wNa16_group_channel"),
+    ),
+    "AutoAWQConfig": Borrowed(f"{_QUANTIZATION}.auto_awq", "AutoAWQConfig", "recognises AWQ checkpoints"),
+    "AutoAWQMoEMethod": Borrowed(
+        f"{_QUANTIZATION}.auto_awq",
+        "AutoAWQMoEMethod",
+        "declares the checkpoint tensors of AWQ experts",
+        ("create_weights",),
+    ),
+    "AutoGPTQConfig": Borrowed(f"{_QUANTIZATION}.auto_gptq", "AutoGPTQConfig", "recognises GPTQ checkpoints"),
+    "AutoGPTQMoEMethod": Borrowed(
+        f"{_QUANTIZATION}.auto_gptq",
+        "AutoGPTQMoEMethod",
+        "declares the checkpoint tensors of GPTQ experts",
+        ("create_weights",),
+    ),
+    "get_moe_quant_method": Borrowed(
+        f"{_QUANTIZATION}.auto_gptq",
+        "get_moe_quant_method",
+        "applies a GPTQ checkpoint's exceptions for single layers",
+    ),
+    "is_layer_skipped": Borrowed(
+        f"{_QUANTIZATION}.utils.quant_utils",
+        "is_layer_skipped",
+        "tells whether a checkpoint leaves a layer in 16 bit",
     ),
     "WNA16_SUPPORTED_TYPES_MAP": Borrowed(
         f"{_COMPRESSED}.schemes.compressed_tensors_wNa16",
@@ -197,12 +222,12 @@ BORROWED: dict[str, Borrowed] = {
         f"{_FUSED_MOE}.oracle.int_wna16", "WNA16MoEBackend", "vLLM's name of the Marlin backend", ("MARLIN",)
     ),
     "marlin_moe_padded_intermediate": Borrowed(
-        "vllm.model_executor.layers.quantization.utils.marlin_utils",
+        f"{_QUANTIZATION}.utils.marlin_utils",
         "marlin_moe_padded_intermediate",
         "expert width after padding to Marlin's tile",
     ),
     "get_marlin_input_dtype": Borrowed(
-        "vllm.model_executor.layers.quantization.utils.marlin_utils",
+        f"{_QUANTIZATION}.utils.marlin_utils",
         "get_marlin_input_dtype",
         "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
     ),

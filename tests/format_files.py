@@ -1,0 +1,95 @@
+"""Small checkpoints whose experts are random in the tensors of a quantised format.
+
+Everything but the experts is a 16-bit model of ``checkpoints``, as in checkpoints that leave attention unquantised.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+State = dict[str, torch.Tensor]
+Draw = Callable[[int, int], State]
+"""Random tensors of one matrix ``[out, in]`` by their names in the format."""
+
+EXPERT_WEIGHT = re.compile(r"(?P<stem>.*\.experts\.\d+\.\w+\.)weight")
+
+
+def write(base: Path, out: Path, draw: Draw, quantization: dict[str, Any]) -> Path:
+    """Copy a model, with every expert matrix drawn anew and the quantisation in its configuration."""
+    state: State = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        match = EXPERT_WEIGHT.fullmatch(name)
+        if match is None:
+            state[name] = tensor
+            continue
+        for part, drawn in draw(*tensor.shape).items():
+            state[match["stem"] + part] = drawn
+    return save(base, out, state, quantization)
+
+
+def save(base: Path, out: Path, state: State, quantization: dict[str, Any]) -> Path:
+    out.mkdir(exist_ok=True)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return out
+
+
+def words(*shape: int) -> torch.Tensor:
+    """Random bits in int32."""
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
+
+
+def scales(*shape: int) -> torch.Tensor:
+    """Positive, such that codes of up to 15 steps become weights of about 0.1."""
+    return (0.005 + 0.01 * torch.rand(shape)).bfloat16()
+
+
+def awq(base: Path, out: Path, group_size: int = 64, **changes: Any) -> Path:
+    """AWQ: inputs first, eight outputs in a word."""
+
+    def draw(outputs: int, inputs: int) -> State:
+        groups = inputs // group_size
+        return {
+            "qweight": words(inputs, outputs // 8),
+            "qzeros": words(groups, outputs // 8),
+            "scales": scales(groups, outputs),
+        }
+
+    torch.manual_seed(0)
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    kept = {"modules_to_not_convert": ["self_attn", "mlp.gate", "lm_head"]}
+    return write(base, out, draw, settings | kept | changes)
+
+
+def gptq(base: Path, out: Path, group_size: int = 64, biases: bool = False, **changes: Any) -> Path:
+    """GPTQ: inputs first, eight inputs in a word, with the indices that need no reordering."""
+
+    def draw(outputs: int, inputs: int) -> State:
+        size = inputs if group_size == -1 else group_size
+        state = {
+            "qweight": words(inputs // 8, outputs),
+            "qzeros": torch.full((inputs // size, outputs // 8), 0x77777777, dtype=torch.int32),
+            "scales": scales(inputs // size, outputs),
+            "g_idx": torch.arange(inputs, dtype=torch.int32) // size,
+        }
+        return state | ({"bias": torch.randn(outputs).bfloat16()} if biases else {})
+
+    torch.manual_seed(0)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": False, "sym": True}
+    return write(base, out, draw, settings | changes)
+
+
+def expert_tensors(folder: Path) -> Iterator[tuple[str, int, str, str, torch.Tensor]]:
+    """Layer, expert, projection, tensor's name and tensor of everything a checkpoint says of its experts."""
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.(\w+)", name)
+        if match is not None:
+            yield int(match[1]), int(match[2]), match[3], match[4], tensor

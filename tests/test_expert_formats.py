@@ -1,0 +1,266 @@
+"""Each format of experts from a checkpoint's tensors to a layer's output, on a CPU.
+
+vLLM's own loader and conversions run, and our backend, with all experts resident; the CUDA operators beneath are those
+of ``marlin_operators``. What kernels make of slots and waves is asked in ``test_gpu_formats.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import format_files
+import marlin_operators
+import pytest
+import torch
+from checkpoints import NUM_EXPERTS, TOP_K
+from engines import LoadedModel, engine_config
+from format_files import State
+from int4_format import decoded
+from marlin_operators import AWQ_ORDER, unpack
+from torch.nn import functional
+
+import vllm_hlwq.moe_offload
+from vllm_hlwq.checkpoint.export import export_int4
+from vllm_hlwq.errors import ExpertCacheError
+from vllm_hlwq.expert_formats import SIXTEEN_BIT, both
+from vllm_hlwq.marlin_moe import MarlinBackend
+from vllm_hlwq.quant_methods import UnquantizedFusedMoEMethod
+
+
+def awq_matrix(part: State) -> torch.Tensor:
+    def codes(words: torch.Tensor) -> torch.Tensor:
+        return unpack(words, 4, 1).view(len(words), -1, 8)[:, :, list(AWQ_ORDER)].flatten(1)
+
+    groups = len(part["scales"])
+    size = len(part["qweight"]) // groups
+    zeros = codes(part["qzeros"]).repeat_interleave(size, 0)
+    return ((codes(part["qweight"]) - zeros) * part["scales"].float().repeat_interleave(size, 0)).t()
+
+
+def gptq_matrix(part: State) -> torch.Tensor:
+    codes = unpack(part["qweight"], 4, 0)
+    size = len(codes) // len(part["scales"])
+    return ((codes - 8) * part["scales"].float().repeat_interleave(size, 0)).t()
+
+
+def exported(base: Path, out: Path, **arguments: Any) -> Path:
+    export_int4(base, out, **arguments)
+    return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint; the tensors of each expert that are stored, and those of them that have inputs before outputs.
+
+    ``matrix`` makes a weight ``[out, in]`` of one matrix's tensors.
+    """
+
+    write: Callable[[Path, Path], Path]
+    matrix: Callable[[State], torch.Tensor]
+    stored: tuple[str, ...]
+    inputs_first: tuple[str, ...] = ()
+
+
+def compressed_matrix(part: State) -> torch.Tensor:
+    return decoded(part, "")
+
+
+COMPRESSED = "weight_packed", "weight_scale"
+GPTQ = ("qweight", "scales"), ("qweight", "scales")
+CASES = {
+    "compressed-tensors": Case(lambda base, out: exported(base, out, group_size=64), compressed_matrix, COMPRESSED),
+    "compressed-tensors-asymmetric": Case(
+        lambda base, out: exported(base, out, group_size=32, symmetric=False), compressed_matrix,
+        (*COMPRESSED, "weight_zero_point"),
+    ),
+    "compressed-tensors-channel": Case(
+        lambda base, out: exported(base, out, group_size=None), compressed_matrix, COMPRESSED
+    ),
+    "awq": Case(format_files.awq, awq_matrix, ("qweight", "scales", "qzeros"), ("qweight", "scales", "qzeros")),
+    "awq-g32": Case(
+        lambda base, out: format_files.awq(base, out, group_size=32), awq_matrix, ("qweight", "scales", "qzeros"),
+        ("qweight", "scales", "qzeros"),
+    ),
+    "gptq": Case(format_files.gptq, gptq_matrix, *GPTQ),
+    "gptq-channel": Case(lambda base, out: format_files.gptq(base, out, group_size=-1), gptq_matrix, *GPTQ),
+    "gptq-bias": Case(
+        lambda base, out: format_files.gptq(base, out, biases=True), gptq_matrix, ("qweight", "scales", "bias"), GPTQ[1]
+    ),
+}  # fmt: skip
+
+
+class OnlyLoads:
+    """Stands where a backend is chosen, so that what was loaded can be looked at."""
+
+    name = "none"
+
+
+@pytest.fixture
+def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    def use(make: Callable[..., Any]) -> None:
+        monkeypatch.setattr(vllm_hlwq.moe_offload, "choose_backend", make)
+
+    return use
+
+
+@pytest.fixture(scope="session", params=CASES)
+def case_and_checkpoint(
+    request: pytest.FixtureRequest, qwen3_moe_bf16: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Case, Path]:
+    case = CASES[request.param]
+    return case, case.write(qwen3_moe_bf16, tmp_path_factory.mktemp(request.param))
+
+
+def parts_of(checkpoint: Path) -> dict[tuple[int, int, str], State]:
+    """Tensors of each matrix by layer, expert and projection."""
+    parts: dict[tuple[int, int, str], State] = {}
+    for layer, expert, projection, name, tensor in format_files.expert_tensors(checkpoint):
+        parts.setdefault((layer, expert, projection), {})[name] = tensor
+    return parts
+
+
+def test_the_store_holds_the_files_values(
+    case_and_checkpoint: tuple[Case, Path], use_backend: Callable[..., None]
+) -> None:
+    case, checkpoint = case_and_checkpoint
+    use_backend(lambda *_: OnlyLoads())
+    loaded = LoadedModel(checkpoint, TOP_K)
+    parts = parts_of(checkpoint)
+    for number, runner in enumerate(loaded.runners):
+        store = runner.routed_experts.expert_cache.store
+        for expert in range(NUM_EXPERTS):
+            for name in case.stored:
+                gate, up, down = (parts[number, expert, f"{part}_proj"][name] for part in ("gate", "up", "down"))
+                both = torch.cat([gate, up], dim=1 if name in case.inputs_first else 0)
+                assert torch.equal(store.field(f"w13_{name}")[expert], both), f"w13_{name} of expert {expert}"
+                assert torch.equal(store.field(f"w2_{name}")[expert], down), f"w2_{name} of expert {expert}"
+
+
+def marlin_on_cpu(prefix: str, expert_format: Any, moe_config: Any) -> MarlinBackend:
+    backend = MarlinBackend(expert_format, moe_config)
+    backend._align, backend._sum = align, moe_sum
+    return backend
+
+
+def align(ids: torch.Tensor, size: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    flat = ids.reshape(-1)
+    places, blocks = [], []
+    for expert in range(num_experts):
+        rows = torch.nonzero(flat == expert).flatten().tolist()
+        places += rows + [len(flat)] * (-len(rows) % size)
+        blocks += [expert] * -(-len(rows) // size)
+    return tuple(torch.tensor(values, dtype=torch.int32) for values in (places, blocks, [len(places)]))  # type: ignore[return-value]
+
+
+def moe_sum(rows: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, _: None) -> None:
+    output.copy_(rows.float().sum(1))
+
+
+def plain(
+    parts: dict[tuple[int, int, str], State], case: Case, layer: int, hidden: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor:
+    """A layer's output from the file's tensors, float32."""
+    top = logits.softmax(-1).topk(TOP_K)
+    weights = top.values / top.values.sum(-1, keepdim=True)
+
+    def project(expert: int, projection: str, x: torch.Tensor) -> torch.Tensor:
+        part = parts[layer, expert, projection]
+        y = x @ case.matrix(part).t()
+        return y + part["bias"].float() if "bias" in part else y
+
+    output = torch.zeros(hidden.shape)
+    for token, experts in enumerate(top.indices.tolist()):
+        x = hidden[token].float()
+        for k, expert in enumerate(experts):
+            inner = functional.silu(project(expert, "gate_proj", x)) * project(expert, "up_proj", x)
+            output[token] += weights[token, k] * project(expert, "down_proj", inner)
+    return output
+
+
+def test_the_converted_experts_are_the_files(
+    case_and_checkpoint: tuple[Case, Path], use_backend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, checkpoint = case_and_checkpoint
+    marlin_operators.install()
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.fused_moe.experts.marlin_moe.get_marlin_workspace", lambda device: torch.zeros(1)
+    )
+    use_backend(marlin_on_cpu)
+    loaded = LoadedModel(checkpoint, NUM_EXPERTS)
+    parts = parts_of(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        hidden = torch.randn(3, 128, generator=generator).bfloat16()
+        logits = 2 * torch.randn(3, NUM_EXPERTS, generator=generator)
+        output = loaded.run(layer, hidden, logits).float()
+        wanted = plain(parts, case, layer, hidden, logits)
+        # Roundings to BF16 of what lies between the products, and of the rows before the sum.
+        torch.testing.assert_close(output, wanted, rtol=2**-6, atol=2**-6 * wanted.abs().max().item())
+
+
+def test_a_chunk_of_experts_converts_as_the_layer_does(
+    case_and_checkpoint: tuple[Case, Path], use_backend: Callable[..., None]
+) -> None:
+    _, checkpoint = case_and_checkpoint
+    marlin_operators.install()
+    use_backend(lambda *_: OnlyLoads())
+    layer = LoadedModel(checkpoint, TOP_K).runners[1].routed_experts
+    backend = marlin_on_cpu("", layer.quant_method.expert_format, layer.moe_config)
+    backend.left_out = layer.loaded.absent()
+    store = layer.expert_cache.store
+    raw = {name: store.field(name) for name in store.layout}
+    whole = backend.convert({name: tensor.clone() for name, tensor in raw.items()})
+    for start, end in ((0, 1), (1, 6), (6, NUM_EXPERTS)):
+        chunk = backend.convert({name: tensor[start:end].clone() for name, tensor in raw.items()})
+        assert chunk.keys() == whole.keys()
+        for name, tensor in chunk.items():
+            assert tensor.is_contiguous()
+            assert torch.equal(tensor, whole[name][start:end]), name
+
+
+# Refusals.
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    with pytest.raises(ExpertCacheError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_cuda_the_machine_is_named(qwen3_moe_bf16: Path, tmp_path: Path) -> None:
+    checkpoint = format_files.awq(qwen3_moe_bf16, tmp_path / "awq")
+    message = refusal(lambda: LoadedModel(checkpoint, TOP_K))
+    assert (
+        "AWQ INT4 experts run on vLLM's Marlin kernels, which need CUDA; on this machine serve a BF16, FP16 or"
+        in message
+    )
+
+
+def test_a_tensor_that_the_format_does_not_list_is_named(qwen3_moe_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UnquantizedFusedMoEMethod, "expert_format", replace(SIXTEEN_BIT, carried=both("bias")))
+    message = refusal(lambda: LoadedModel(qwen3_moe_bf16, TOP_K))
+    assert message.startswith("model.layers.0.mlp.experts: weight w13_weight is none that the expert cache carries")
+
+
+def test_gptq_with_activation_ordering(qwen3_moe_bf16: Path, tmp_path: Path) -> None:
+    checkpoint = format_files.gptq(qwen3_moe_bf16, tmp_path / "gptq", desc_act=True)
+    with pytest.raises(ValueError, match="desc_act=True"):  # vLLM's own refusal, before ours are asked
+        engine_config(checkpoint, TOP_K)
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "named"),
+    [
+        (format_files.awq, {"zero_point": False}, "AWQ with zero_point False and group size 64"),
+        (format_files.gptq, {"bits": 8}, "GPTQ with 8 bits"),
+    ],
+)
+def test_a_variant_without_a_backend_is_named(
+    qwen3_moe_bf16: Path, tmp_path: Path, write: Any, changes: dict[str, Any], named: str
+) -> None:
+    checkpoint = write(qwen3_moe_bf16, tmp_path / "variant", **changes)
+    assert f"experts quantised as {named} have no expert-cache backend" in refusal(lambda: LoadedModel(checkpoint, 4))
