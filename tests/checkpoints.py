@@ -96,12 +96,18 @@ def glm4_moe_config() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def gpt_oss_config() -> PreTrainedConfig:
+def gpt_oss_config(**changes: Any) -> PreTrainedConfig:
     """Stacks with the input first, gate and up alternating, and biases."""
-    return GptOssConfig(
+    settings: dict[str, Any] = dict(
         **COMMON, **FEW, intermediate_size=64, num_local_experts=4, sliding_window=64,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
+    return GptOssConfig(**settings | changes)
+
+
+def gpt_oss_served_config() -> PreTrainedConfig:
+    """The same with as many experts as the other models that are served."""
+    return gpt_oss_config(num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
 
 
 def gemma4_multimodal_config() -> PreTrainedConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,18 @@ def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def qwen3_moe_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(checkpoints.qwen3_moe_config(), tmp_path_factory.mktemp("qwen3-moe"))
+
+
+@pytest.fixture(scope="session")
+def gpt_oss_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With biases that are not zero."""
+    return checkpoints.write(checkpoints.gpt_oss_served_config(), tmp_path_factory.mktemp("gpt-oss"), varied=True)
+
+
+@pytest.fixture
+def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Puts another function in the place of the one that chooses a layer's backend."""
+    return lambda make: monkeypatch.setattr("vllm_hlwq.moe_offload.choose_backend", make)
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,24 @@ def gptq(base: Path, out: Path, group_size: int = 64, biases: bool = False, **ch
     return write(base, out, draw, settings | changes)
 
 
+def gpt_oss_mxfp4(base: Path, out: Path) -> Path:
+    """gpt-oss as published: stacks of FP4 codes, two in a byte, with an exponent for every 32 of them."""
+    torch.manual_seed(0)
+    state: State = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if re.search(r"\.experts\.\w+_bias$", name):
+            state[name] = torch.randn(tensor.shape).bfloat16()
+        elif ".experts." in name:
+            experts, inputs, outputs = tensor.shape  # the 16-bit stack has its inputs first
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            # Exponents of about 2^-6: FP4 goes up to 6.
+            exponents = torch.randint(119, 123, (experts, outputs, inputs // 32), dtype=torch.uint8)
+            state |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
+        else:
+            state[name] = tensor
+    return save(base, out, state, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+
+
 def expert_tensors(folder: Path) -> Iterator[tuple[str, int, str, str, torch.Tensor]]:
     """Layer, expert, projection, tensor's name and tensor of everything a checkpoint says of its experts."""
     for name, tensor in load_file(folder / "model.safetensors").items():

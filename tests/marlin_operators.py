@@ -1,7 +1,7 @@
 """vLLM's CUDA operators around Marlin in plain torch, for machines whose vLLM has none of them.
 
 The layouts are Marlin's by the permutations that vLLM keeps for its own tests; the product decodes them and multiplies.
-``install`` defines the operators once in a process.
+``marlin_on_cpu`` stands where a layer chooses its backend (the fixture ``use_backend``).
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from moe_operators import align, moe_sum
 from vllm.model_executor.layers.quantization.utils.marlin_utils import get_scale_perms
 from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
 from vllm.scalar_type import ScalarType, scalar_types
+
+from vllm_hlwq.marlin_moe import MarlinBackend
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in a word of each of eight consecutive outputs."""
@@ -118,7 +121,7 @@ def moe_wna16_marlin_gemm(
     return c
 
 
-def swigluoai_and_mul(out: torch.Tensor, x: torch.Tensor, alpha: float, limit: float) -> None:
+def swigluoai_and_mul(out: torch.Tensor, x: torch.Tensor, alpha: float = 1.702, limit: float = 7.0) -> None:
     gate, up = x[..., 0::2].float().clamp(max=limit), x[..., 1::2].float().clamp(-limit, limit)
     out.copy_((up + 1) * gate * torch.sigmoid(alpha * gate))
 
@@ -148,3 +151,34 @@ def install() -> None:
         library.define(rest)
         library.impl(name, function, "CPU")
         _LIBRARIES.append(library)
+
+
+class OnlyLoads:
+    """Stands where a layer chooses its backend, so that what was loaded can be looked at."""
+
+    name = "none"
+
+
+def marlin_on_cpu(prefix: str, expert_format: Any, moe_config: Any) -> MarlinBackend:
+    """Our backend over these operators, for layers whose experts are all resident."""
+    install()
+    backend = MarlinBackend(expert_format, moe_config)
+    backend._align, backend._sum = align, moe_sum
+    run = backend._run
+    backend._run = lambda **arguments: run(workspace=torch.zeros(1), **arguments)  # else from a CUDA device's size
+    return backend
+
+
+def assert_chunks_convert_as_the_layer(layer: Any) -> None:
+    """A layer loaded with ``OnlyLoads``: its experts convert alike however many there are at a time."""
+    backend = marlin_on_cpu("", layer.quant_method.expert_format, layer.moe_config)
+    backend.left_out = layer.loaded.absent()
+    store = layer.expert_cache.store
+    raw = {name: store.field(name) for name in store.layout}
+    whole = backend.convert({name: tensor.clone() for name, tensor in raw.items()})
+    for start, end in ((0, 1), (1, 6), (6, store.num_experts)):
+        chunk = backend.convert({name: tensor[start:end].clone() for name, tensor in raw.items()})
+        assert chunk.keys() == whole.keys()
+        for name, tensor in chunk.items():
+            assert tensor.is_contiguous()
+            assert torch.equal(tensor.view(torch.uint8), whole[name][start:end].view(torch.uint8)), name

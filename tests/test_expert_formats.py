@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import format_files
-import marlin_operators
 import pytest
 import torch
 from checkpoints import NUM_EXPERTS, TOP_K
 from engines import LoadedModel, engine_config
 from format_files import State
 from int4_format import decoded
-from marlin_operators import AWQ_ORDER, unpack
+from marlin_operators import AWQ_ORDER, OnlyLoads, assert_chunks_convert_as_the_layer, marlin_on_cpu, unpack
 from torch.nn import functional
 
-import vllm_hlwq.moe_offload
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.expert_formats import SIXTEEN_BIT, both
-from vllm_hlwq.marlin_moe import MarlinBackend
 from vllm_hlwq.quant_methods import UnquantizedFusedMoEMethod
 
 
@@ -92,20 +89,6 @@ CASES = {
 }  # fmt: skip
 
 
-class OnlyLoads:
-    """Stands where a backend is chosen, so that what was loaded can be looked at."""
-
-    name = "none"
-
-
-@pytest.fixture
-def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    def use(make: Callable[..., Any]) -> None:
-        monkeypatch.setattr(vllm_hlwq.moe_offload, "choose_backend", make)
-
-    return use
-
-
 @pytest.fixture(scope="session", params=CASES)
 def case_and_checkpoint(
     request: pytest.FixtureRequest, qwen3_moe_bf16: Path, tmp_path_factory: pytest.TempPathFactory
@@ -139,26 +122,6 @@ def test_the_store_holds_the_files_values(
                 assert torch.equal(store.field(f"w2_{name}")[expert], down), f"w2_{name} of expert {expert}"
 
 
-def marlin_on_cpu(prefix: str, expert_format: Any, moe_config: Any) -> MarlinBackend:
-    backend = MarlinBackend(expert_format, moe_config)
-    backend._align, backend._sum = align, moe_sum
-    return backend
-
-
-def align(ids: torch.Tensor, size: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    flat = ids.reshape(-1)
-    places, blocks = [], []
-    for expert in range(num_experts):
-        rows = torch.nonzero(flat == expert).flatten().tolist()
-        places += rows + [len(flat)] * (-len(rows) % size)
-        blocks += [expert] * -(-len(rows) // size)
-    return tuple(torch.tensor(values, dtype=torch.int32) for values in (places, blocks, [len(places)]))  # type: ignore[return-value]
-
-
-def moe_sum(rows: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, _: None) -> None:
-    output.copy_(rows.float().sum(1))
-
-
 def plain(
     parts: dict[tuple[int, int, str], State], case: Case, layer: int, hidden: torch.Tensor, logits: torch.Tensor
 ) -> torch.Tensor:
@@ -181,13 +144,9 @@ def plain(
 
 
 def test_the_converted_experts_are_the_files(
-    case_and_checkpoint: tuple[Case, Path], use_backend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    case_and_checkpoint: tuple[Case, Path], use_backend: Callable[..., None]
 ) -> None:
     case, checkpoint = case_and_checkpoint
-    marlin_operators.install()
-    monkeypatch.setattr(
-        "vllm.model_executor.layers.fused_moe.experts.marlin_moe.get_marlin_workspace", lambda device: torch.zeros(1)
-    )
     use_backend(marlin_on_cpu)
     loaded = LoadedModel(checkpoint, NUM_EXPERTS)
     parts = parts_of(checkpoint)
@@ -205,20 +164,8 @@ def test_a_chunk_of_experts_converts_as_the_layer_does(
     case_and_checkpoint: tuple[Case, Path], use_backend: Callable[..., None]
 ) -> None:
     _, checkpoint = case_and_checkpoint
-    marlin_operators.install()
     use_backend(lambda *_: OnlyLoads())
-    layer = LoadedModel(checkpoint, TOP_K).runners[1].routed_experts
-    backend = marlin_on_cpu("", layer.quant_method.expert_format, layer.moe_config)
-    backend.left_out = layer.loaded.absent()
-    store = layer.expert_cache.store
-    raw = {name: store.field(name) for name in store.layout}
-    whole = backend.convert({name: tensor.clone() for name, tensor in raw.items()})
-    for start, end in ((0, 1), (1, 6), (6, NUM_EXPERTS)):
-        chunk = backend.convert({name: tensor[start:end].clone() for name, tensor in raw.items()})
-        assert chunk.keys() == whole.keys()
-        for name, tensor in chunk.items():
-            assert tensor.is_contiguous()
-            assert torch.equal(tensor, whole[name][start:end]), name
+    assert_chunks_convert_as_the_layer(LoadedModel(checkpoint, TOP_K).runners[1].routed_experts)
 
 
 # Refusals.

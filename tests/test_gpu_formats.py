@@ -41,12 +41,19 @@ def qwen3(make: Callable[..., Path], **arguments: Any) -> Callable[[Path], Path]
     return lambda out: make(checkpoints.write(checkpoints.qwen3_moe_config(), out / "base"), out / "made", **arguments)
 
 
+def gpt_oss(out: Path) -> Path:
+    """Writes a gpt-oss in BF16 with biases that are not zero."""
+    return checkpoints.write(checkpoints.gpt_oss_served_config(), out, varied=True)
+
+
 CASES = {
     "bf16-silu": Case(lambda out: checkpoints.write(checkpoints.qwen3_moe_config(), out), "triton"),
     "bf16-gelu": Case(lambda out: checkpoints.write(checkpoints.gemma4_config(), out), "triton"),
     "fp16": Case(
         lambda out: checkpoints.write(checkpoints.qwen3_moe_config(), out), "triton", {"dtype": "float16"}
     ),
+    "gpt-oss-bf16": Case(lambda out: gpt_oss(out), "triton"),
+    "gpt-oss-mxfp4": Case(lambda out: format_files.gpt_oss_mxfp4(gpt_oss(out / "base"), out / "made"), "marlin"),
     "awq": Case(qwen3(format_files.awq), "marlin"),
     "awq-g32": Case(qwen3(format_files.awq, group_size=32), "marlin"),
     "gptq": Case(qwen3(format_files.gptq), "marlin"),

@@ -111,6 +111,22 @@ def compressed_tensors_int4(weight_quant: Any) -> ExpertFormat:
     )
 
 
+def _convert_mxfp4(raw: Tensors, moe_config: Any) -> Tensors:
+    names = [f"{projection}_{part}" for part in ("weight", "weight_scale", "bias") for projection in ("w13", "w2")]
+    converted = borrow("convert_gpt_oss_weight_to_mxfp4_moe_kernel_format")(
+        mxfp4_backend=borrow("Mxfp4MoeBackend").MARLIN,
+        layer=layer_of(raw, moe_config),
+        **{name: raw.get(name) for name in names},
+    )
+    kernel_names = (name.replace("weight_scale", "scale") for name in names)
+    return {name: tensor for name, tensor in zip(kernel_names, converted, strict=True) if tensor is not None}
+
+
+GPT_OSS_MXFP4 = ExpertFormat(
+    "MXFP4", both("weight", "weight_scale", "bias"), _convert_mxfp4, weight_type="float4_e2m1f", group_size=32
+)
+
+
 def awq_int4(quant_config: Any) -> ExpertFormat:
     """AWQ with 4 bits, packed along the outputs in AWQ's order, with zero points."""
 

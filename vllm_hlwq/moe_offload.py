@@ -18,28 +18,35 @@ from .errors import ExpertCacheError
 from .expert_formats import ExpertFormat
 from .host_expert_cache import HostExpertCache
 from .host_store import HostStore, RecordLayout
-from .loaded_experts import LoadedExperts, Shapes
+from .loaded_experts import WHOLE, LoadedExperts, Shapes
 from .options import ExpertCacheOptions, config_key
 from .quant_config import make_quant_method
 from .vllm_compat import borrow
 from .weight_bank import WeightBank
 
 
-class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
-    """vLLM's container of expert weights, with the weights in the host store.
+class OffloadedLayer:
+    """Mixed into vLLM's containers of expert weights: the weights are in the host store.
 
-    Put in the place of ``RoutedExperts`` by vLLM's registry of out-of-tree layers; an engine in the same process that
-    did not ask for the cache gets stock behaviour.
+    The classes made so are put in the place of vLLM's by its registry of out-of-tree layers; an engine in the same
+    process that did not ask for the cache gets stock behaviour.
     """
 
+    stacked = False
+    """Whether checkpoint and loader know only gate and up together, and mostly all experts at once."""
     expert_cache: HostExpertCache | DeviceExpertCache | None = None
     store: HostStore | None = None
+    layer_name: str
+    moe_config: Any
+    top_k: int
+    named_parameters: Any
+    _map_global_expert_id_to_local_expert_id: Any
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         vllm_config = borrow("get_current_vllm_config")()
         self.options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
         if self.options.cache_size == 0:
-            return super()._get_quant_method(prefix, quant_config, moe_config)
+            return super()._get_quant_method(prefix, quant_config, moe_config)  # type: ignore[misc]
         self._engine_layers = vllm_config.compilation_config.static_forward_context
         self._expects_all_weights = vllm_config.load_config.load_format != "dummy"
         self._check_shape(prefix, moe_config)
@@ -90,7 +97,7 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         layout = RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
         self.store = HostStore(num_experts, layout, torch.device(self.moe_config.device))
         shapes = {name: stored[name] for name in carried}
-        self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes)
+        self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes, self.stacked)
         for name, parameter in declared.items():
             spare = torch.empty_like(parameter, device="cpu")
             placed = torch.nn.Parameter(self.store.field(name) if name in carried else spare, requires_grad=False)
@@ -103,21 +110,28 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
         weight_name: str,
-        shard_id: str,
-        expert_id: int,
+        shard_id: str | None,
+        expert_id: int | None,
         return_success: bool = False,
     ) -> bool | None:
         """Load as vLLM does, but refuse what does not fill its place, and note what came."""
         field = getattr(param, "expert_field", None)
-        whole_layer = loaded_weight.ndim == 3
+        whole_layer = expert_id is None or (not self.stacked and loaded_weight.ndim == 3)
+        part = WHOLE if self.stacked or shard_id is None else shard_id
         if field is not None:
-            shape = tuple(loaded_weight.shape[1 if whole_layer else 0 :])
-            self.loaded.check_fits(param, field, shard_id, expert_id, shape)
-        success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
+            shape = self._shape_of(loaded_weight[0] if whole_layer else loaded_weight, param)
+            self.loaded.check_fits(param, field, part, expert_id, shape)
+        success: bool = super().weight_loader(  # type: ignore[misc]
+            param, loaded_weight, weight_name, shard_id, expert_id, True
+        )
         if success and field is not None:
             local = None if whole_layer else self._map_global_expert_id_to_local_expert_id(expert_id)
-            self.loaded.note(field, shard_id, local)
+            self.loaded.note(field, part, local)
         return success if return_success else None
+
+    def _shape_of(self, loaded_weight: torch.Tensor, param: torch.nn.Parameter) -> tuple[int, ...]:
+        """Shape that one expert's checkpoint tensor has in its parameter."""
+        return tuple(loaded_weight.shape)
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
@@ -127,7 +141,7 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
             raise ExpertCacheError(
                 f"{self.layer_name}: weights cannot be reloaded into a running expert cache; restart the server"
             )
-        return super().load_weights(weights)
+        return super().load_weights(weights)  # type: ignore[misc]
 
     def finish_loading(self, quant_config: Any) -> Any:
         """Check that all experts came, make the banks, drop the loading parameters, and return the kernel.
@@ -174,6 +188,10 @@ class OffloadedRoutedExperts(borrow("RoutedExperts")):  # type: ignore[misc]
         return WeightBank.allocate(min(rows, store.num_experts - slots), store.layout, device)
 
 
+class OffloadedRoutedExperts(OffloadedLayer, borrow("RoutedExperts")):  # type: ignore[misc]
+    """In the place of ``RoutedExperts``, which most models use."""
+
+
 def staging_rows(num_experts: int, num_slots: int, top_k: int) -> int:
     """Experts that the shared staging bank holds by default.
 
@@ -183,7 +201,7 @@ def staging_rows(num_experts: int, num_slots: int, top_k: int) -> int:
     return min(num_experts - num_slots, 2 * top_k)
 
 
-def cached_layers(engine_layers: dict[str, Any]) -> list[OffloadedRoutedExperts]:
+def cached_layers(engine_layers: dict[str, Any]) -> list[OffloadedLayer]:
     """The layers of an engine that keep their experts in a cache, in model order.
 
     Args:
@@ -197,7 +215,7 @@ def cached_layers(engine_layers: dict[str, Any]) -> list[OffloadedRoutedExperts]
         if not isinstance(runner, borrow("MoERunnerInterface")):
             continue
         layer = runner.routed_experts
-        if not isinstance(layer, OffloadedRoutedExperts):
+        if not isinstance(layer, OffloadedLayer):
             raise ExpertCacheError(
                 f"{name}: expert weights are held by {type(layer).__name__}, which the expert cache does not replace; "
                 "serve this model without it"

@@ -9,12 +9,13 @@ from .quant_methods import (
     AutoAWQMoEMethod,
     AutoGPTQMoEMethod,
     CompressedTensorsWNA16MoEMethod,
+    GptOssMxfp4MoEMethod,
     UnquantizedFusedMoEMethod,
 )
 from .vllm_compat import borrow
 
 SUPPORTED_QUANTISATIONS = (
-    "BF16, FP16, compressed-tensors pack-quantized INT4 (group or channel scales), AWQ INT4 or GPTQ INT4"
+    "BF16, FP16, compressed-tensors pack-quantized INT4 (group or channel scales), AWQ INT4, GPTQ INT4 or gpt-oss MXFP4"
 )
 
 
@@ -86,6 +87,10 @@ def _gptq(layer: Any, quant_config: Any, prefix: str) -> Any:
     return method
 
 
+def _gpt_oss_mxfp4(layer: Any, quant_config: Any, prefix: str) -> Any:
+    return GptOssMxfp4MoEMethod(layer.moe_config)
+
+
 def _unsupported(prefix: str, what: str) -> ExpertCacheError:
     return ExpertCacheError(
         f"{prefix}: experts quantised as {what} have no expert-cache backend; use {SUPPORTED_QUANTISATIONS}"
@@ -96,5 +101,6 @@ MAKERS = {
     borrow("CompressedTensorsConfig"): _compressed_tensors,
     borrow("AutoAWQConfig"): _awq,
     borrow("AutoGPTQConfig"): _gptq,
+    borrow("GptOssMxfp4Config"): _gpt_oss_mxfp4,
 }
 """Exact classes of vLLM's configurations: a subclass may hold its experts in another way."""

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from .expert_formats import SIXTEEN_BIT, ExpertFormat, awq_int4, compressed_tensors_int4, gptq_int4
+from .expert_formats import (
+    GPT_OSS_MXFP4,
+    SIXTEEN_BIT,
+    ExpertFormat,
+    awq_int4,
+    compressed_tensors_int4,
+    gptq_int4,
+)
 from .vllm_compat import borrow
 
 StockMethod: Any = borrow("FusedMoEMethodBase")
@@ -131,3 +138,22 @@ class AutoGPTQMoEMethod(HostLoadedMethod, borrow("AutoGPTQMoEMethod")):  # type:
         self.expert_format = gptq_int4(quant_config)
         self.quant_config = quant_config
         self.input_dtype = None
+
+
+StockMxfp4: Any = borrow("GptOssMxfp4MoEMethod")
+
+
+class GptOssMxfp4MoEMethod(HostLoadedMethod, StockMxfp4):  # type: ignore[misc]
+    """gpt-oss's MXFP4 experts, with biases."""
+
+    expert_format = GPT_OSS_MXFP4
+
+    def __init__(self, moe: Any) -> None:
+        StockMethod.__init__(self, moe)
+        self.weight_dtype = "gpt_oss_mxfp4"
+        self.mxfp4_backend = borrow("Mxfp4MoeBackend").MARLIN
+
+    def maybe_roundup_sizes(self, *sizes_and_settings: Any) -> tuple[int, int]:
+        """Round up as vLLM does for Marlin, which takes no 2,880 features; the loader leaves zeros in the padding."""
+        rounded: tuple[int, int] = StockMxfp4.maybe_roundup_sizes(self, *sizes_and_settings)
+        return rounded

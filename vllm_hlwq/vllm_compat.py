@@ -81,6 +81,12 @@ BORROWED: dict[str, Borrowed] = {
         "base of our layer: it owns the expert weights and their loading",
         ("_get_quant_method", "weight_loader", "load_weights", "expert_map"),
     ),
+    "GptOssRoutedExperts": Borrowed(
+        "vllm.model_executor.models.gpt_oss",
+        "GptOssRoutedExperts",
+        "base of our layer for gpt-oss, which loads its experts in a way of its own",
+        ("weight_loader",),
+    ),
     "MoERunnerInterface": Borrowed(
         f"{_FUSED_MOE}.runner.moe_runner_interface",
         "MoERunnerInterface",
@@ -128,6 +134,23 @@ BORROWED: dict[str, Borrowed] = {
         f"{_QUANTIZATION}.auto_gptq",
         "get_moe_quant_method",
         "applies a GPTQ checkpoint's exceptions for single layers",
+    ),
+    "GptOssMxfp4Config": Borrowed(
+        f"{_QUANTIZATION}.mxfp4", "GptOssMxfp4Config", "recognises gpt-oss checkpoints in MXFP4"
+    ),
+    "GptOssMxfp4MoEMethod": Borrowed(
+        f"{_QUANTIZATION}.mxfp4",
+        "GptOssMxfp4MoEMethod",
+        "declares the checkpoint tensors of gpt-oss's MXFP4 experts, and rounds their sizes up for Marlin",
+        ("create_weights", "maybe_roundup_sizes"),
+    ),
+    "Mxfp4MoeBackend": Borrowed(
+        f"{_FUSED_MOE}.oracle.mxfp4", "Mxfp4MoeBackend", "vLLM's name of the Marlin backend for MXFP4", ("MARLIN",)
+    ),
+    "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format": Borrowed(
+        f"{_FUSED_MOE}.oracle.mxfp4",
+        "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format",
+        "repacks MXFP4 experts into Marlin's layout, as a function of a chunk of experts",
     ),
     "is_layer_skipped": Borrowed(
         f"{_QUANTIZATION}.utils.quant_utils",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import triton.backends
+from moe_operators import align, moe_sum
 from torch.nn import functional
 
 from vllm_hlwq.expert_formats import SIXTEEN_BIT
@@ -23,30 +24,6 @@ from vllm_hlwq.weight_bank import WeightBank
 triton.backends.backends.setdefault("cpu", SimpleNamespace(driver=None))
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 12, 3, 48, 40
-
-
-def align(ids: torch.Tensor, size: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What vLLM's CUDA operator of that name returns, with values that nothing may use after the last block."""
-    flat = ids.reshape(-1)
-    places, blocks = [], []
-    for expert in range(num_experts):
-        rows = torch.nonzero(flat == expert).flatten().tolist()
-        rows += [len(flat)] * (-len(rows) % size)
-        places += rows
-        blocks += [expert] * (len(rows) // size)
-    used = len(places)
-    longest = len(flat) + num_experts * (size - 1)
-    places += [10**6] * (longest - used)
-    blocks += [-7] * (-(-longest // size) - len(blocks))
-    return int32(places), int32(blocks), int32([used])
-
-
-def moe_sum(rows: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, _: None) -> None:
-    output.copy_(torch.where((ids >= 0).unsqueeze(-1), rows.float(), 0.0).sum(1))
-
-
-def int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def make_backend(activation: str) -> TritonBackend:
