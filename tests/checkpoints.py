@@ -60,9 +60,9 @@ def gemma4_config(**changes: Any) -> PreTrainedConfig:
     return Gemma4TextConfig(**settings | changes)
 
 
-def qwen3_moe_config() -> PreTrainedConfig:
+def qwen3_moe_config(**changes: Any) -> PreTrainedConfig:
     """SiLU experts with renormalised top-k weights."""
-    return Qwen3MoeConfig(
+    settings: dict[str, Any] = dict(
         **COMMON,
         intermediate_size=128,
         num_key_value_heads=2,
@@ -72,6 +72,12 @@ def qwen3_moe_config() -> PreTrainedConfig:
         norm_topk_prob=True,
         tie_word_embeddings=False,
     )
+    return Qwen3MoeConfig(**settings | changes)
+
+
+def qwen3_moe_wide_config() -> PreTrainedConfig:
+    """Expert matrices of several blocks of 128 either way."""
+    return qwen3_moe_config(hidden_size=256, moe_intermediate_size=384)
 
 
 FEW: dict[str, Any] = {"num_key_value_heads": 2, "num_experts_per_tok": 2}

@@ -47,6 +47,11 @@ def qwen3_moe_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen3_moe_wide_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(checkpoints.qwen3_moe_wide_config(), tmp_path_factory.mktemp("qwen3-moe-wide"))
+
+
+@pytest.fixture(scope="session")
 def gpt_oss_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With biases that are not zero."""
     return checkpoints.write(checkpoints.gpt_oss_served_config(), tmp_path_factory.mktemp("gpt-oss"), varied=True)

@@ -87,6 +87,56 @@ def gptq(base: Path, out: Path, group_size: int = 64, biases: bool = False, **ch
     return write(base, out, draw, settings | changes)
 
 
+def fp8(base: Path, out: Path, block: int | None = None, static: bool = False, **changes: Any) -> Path:
+    """FP8 as vLLM and DeepSeek have it: a scale a tensor, or a block."""
+
+    def draw(outputs: int, inputs: int) -> State:
+        weight = fp8_codes(outputs, inputs)
+        if block is not None:
+            return {"weight": weight, "weight_scale_inv": fp8_scales(-(-outputs // block), -(-inputs // block))}
+        state = {"weight": weight, "weight_scale": fp8_scales()}
+        return state | ({"input_scale": torch.tensor(0.5)} if static else {})
+
+    torch.manual_seed(0)
+    kept = [name.removesuffix(".weight") for name in load_file(base / "model.safetensors") if ".experts." not in name]
+    settings = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic", "ignored_layers": kept}
+    blocks = {} if block is None else {"weight_block_size": [block, block]}
+    return write(base, out, draw, settings | blocks | changes)
+
+
+def compressed_fp8(base: Path, out: Path, strategy: str, static: bool = False) -> Path:
+    """FP8 of compressed-tensors: a scale a tensor, an output channel or a block of 128 by 128."""
+
+    def draw(outputs: int, inputs: int) -> State:
+        shape = {"tensor": (1,), "channel": (outputs, 1), "block": (-(-outputs // 128), -(-inputs // 128))}[strategy]
+        state = {"weight": fp8_codes(outputs, inputs), "weight_scale": fp8_scales(*shape)}
+        return state | ({"input_scale": torch.tensor([0.5])} if static else {})
+
+    torch.manual_seed(0)
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
+    if strategy == "block":
+        weights["block_structure"] = [128, 128]
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": not static}
+    inputs |= {"tensor": {"strategy": "tensor"}, "channel": {"strategy": "token"}}.get(
+        strategy, {"strategy": "group", "group_size": 128}
+    )
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "float-quantized"}
+    settings = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["re:.*self_attn.*", "re:.*mlp.gate$", "lm_head"],
+    }  # fmt: skip
+    return write(base, out, draw, settings)
+
+
+def fp8_codes(*shape: int) -> torch.Tensor:
+    return (16 * torch.randn(shape)).to(torch.float8_e4m3fn)
+
+
+def fp8_scales(*shape: int) -> torch.Tensor:
+    """Positive and float32; an element of a tensor's two scales may be twice the other."""
+    return 0.005 + 0.005 * torch.rand(shape)
+
+
 def gpt_oss_mxfp4(base: Path, out: Path) -> Path:
     """gpt-oss as published: stacks of FP4 codes, two in a byte, with an exponent for every 32 of them."""
     torch.manual_seed(0)

@@ -10,7 +10,9 @@ from functools import cache
 from typing import Any
 
 import torch
+import vllm._custom_ops
 from moe_operators import align, moe_sum
+from random_experts import as_bytes
 from vllm.model_executor.layers.quantization.utils.marlin_utils import get_scale_perms
 from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
 from vllm.scalar_type import ScalarType, scalar_types
@@ -139,9 +141,16 @@ SCHEMAS = {
 _LIBRARIES = []
 
 
+def scaled_fp8_quant(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+
+
 @cache
 def install() -> None:
-    """Define those operators that this vLLM lacks."""
+    """Define those operators that this vLLM lacks, or has only the names of."""
+    if not torch.ops._C.static_scaled_fp8_quant.default._schema.arguments:
+        vllm._custom_ops.scaled_fp8_quant = scaled_fp8_quant
     for schema, function in SCHEMAS.items():
         namespace, _, rest = schema.partition("::")
         name = rest.partition("(")[0]
@@ -175,10 +184,12 @@ def assert_chunks_convert_as_the_layer(layer: Any) -> None:
     backend.left_out = layer.loaded.absent()
     store = layer.expert_cache.store
     raw = {name: store.field(name) for name in store.layout}
-    whole = backend.convert({name: tensor.clone() for name, tensor in raw.items()})
+    before = {name: as_bytes(tensor).clone() for name, tensor in raw.items()}
+    whole = backend.convert(raw)
     for start, end in ((0, 1), (1, 6), (6, store.num_experts)):
-        chunk = backend.convert({name: tensor[start:end].clone() for name, tensor in raw.items()})
+        chunk = backend.convert({name: tensor[start:end] for name, tensor in raw.items()})
         assert chunk.keys() == whole.keys()
         for name, tensor in chunk.items():
             assert tensor.is_contiguous()
-            assert torch.equal(tensor.view(torch.uint8), whole[name][start:end].view(torch.uint8)), name
+            assert torch.equal(as_bytes(tensor), as_bytes(whole[name][start:end])), name
+    assert all(torch.equal(as_bytes(tensor), before[name]) for name, tensor in raw.items()), "the store was changed"

@@ -26,6 +26,9 @@ from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.expert_formats import SIXTEEN_BIT, both
 from vllm_hlwq.quant_methods import UnquantizedFusedMoEMethod
 
+Parts = dict[tuple[int, int, str], State]
+"""Tensors of each matrix by layer, expert and projection."""
+
 
 def awq_matrix(part: State) -> torch.Tensor:
     def codes(words: torch.Tensor) -> torch.Tensor:
@@ -43,6 +46,18 @@ def gptq_matrix(part: State) -> torch.Tensor:
     return ((codes - 8) * part["scales"].float().repeat_interleave(size, 0)).t()
 
 
+def compressed_matrix(part: State) -> torch.Tensor:
+    return decoded(part, "")
+
+
+def fp8_matrix(part: State) -> torch.Tensor:
+    codes = part["weight"].float()
+    if "weight_scale_inv" in part or part["weight_scale"].shape not in ((len(codes), 1), (1,), ()):
+        scale = part.get("weight_scale_inv", part.get("weight_scale"))
+        return codes * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return codes * part["weight_scale"]
+
+
 def exported(base: Path, out: Path, **arguments: Any) -> Path:
     export_int4(base, out, **arguments)
     return out
@@ -50,56 +65,73 @@ def exported(base: Path, out: Path, **arguments: Any) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint; the tensors of each expert that are stored, and those of them that have inputs before outputs.
+    """A checkpoint, and what is to be known of its format.
 
-    ``matrix`` makes a weight ``[out, in]`` of one matrix's tensors.
+    ``matrix`` makes a weight ``[out, in]`` of one matrix's tensors. ``stored`` names the tensors of each matrix that
+    are kept, ``inputs_first`` those of them that have inputs before outputs. With ``one_scale`` gate and up share the
+    larger of their scales.
     """
 
     write: Callable[[Path, Path], Path]
     matrix: Callable[[State], torch.Tensor]
     stored: tuple[str, ...]
     inputs_first: tuple[str, ...] = ()
+    base: str = "qwen3_moe_bf16"
+    one_scale: bool = False
+
+    def matrices(self, parts: Parts, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Weights of an expert by projection, as the kernels have them."""
+        found = {name: self.matrix(parts[layer, expert, name]) for name in ("gate_proj", "up_proj", "down_proj")}
+        if self.one_scale:
+            scale = max(parts[layer, expert, name]["weight_scale"] for name in ("gate_proj", "up_proj"))
+            for name in ("gate_proj", "up_proj"):
+                found[name] = (found[name].half() / scale).to(torch.float8_e4m3fn).float() * scale
+        return found
 
 
-def compressed_matrix(part: State) -> torch.Tensor:
-    return decoded(part, "")
+def written(make: Callable[..., Path], **arguments: Any) -> Callable[[Path, Path], Path]:
+    return lambda base, out: make(base, out, **arguments)
 
 
-COMPRESSED = "weight_packed", "weight_scale"
-GPTQ = ("qweight", "scales"), ("qweight", "scales")
+COMPRESSED: Any = compressed_matrix, ("weight_packed", "weight_scale")
+ASYMMETRIC: Any = compressed_matrix, ("weight_packed", "weight_scale", "weight_zero_point")
+AWQ: Any = awq_matrix, ("qweight", "scales", "qzeros"), ("qweight", "scales", "qzeros")
+GPTQ: Any = gptq_matrix, ("qweight", "scales"), ("qweight", "scales")
+BIASED_GPTQ: Any = gptq_matrix, ("qweight", "scales", "bias"), ("qweight", "scales")
+FP8: Any = fp8_matrix, ("weight", "weight_scale")
+FP8_BLOCKS: Any = fp8_matrix, ("weight", "weight_scale_inv")
+WIDE: Any = {"base": "qwen3_moe_wide_bf16"}
 CASES = {
-    "compressed-tensors": Case(lambda base, out: exported(base, out, group_size=64), compressed_matrix, COMPRESSED),
-    "compressed-tensors-asymmetric": Case(
-        lambda base, out: exported(base, out, group_size=32, symmetric=False), compressed_matrix,
-        (*COMPRESSED, "weight_zero_point"),
+    "compressed-int4": Case(written(exported, group_size=64), *COMPRESSED),
+    "compressed-int4-asymmetric": Case(written(exported, group_size=32, symmetric=False), *ASYMMETRIC),
+    "compressed-int4-channel": Case(written(exported, group_size=None), *COMPRESSED),
+    "awq": Case(format_files.awq, *AWQ),
+    "awq-g32": Case(written(format_files.awq, group_size=32), *AWQ),
+    "awq-g128": Case(written(format_files.awq, group_size=128), *AWQ, **WIDE),
+    "gptq": Case(format_files.gptq, *GPTQ),
+    "gptq-g128": Case(written(format_files.gptq, group_size=128), *GPTQ, **WIDE),
+    "gptq-channel": Case(written(format_files.gptq, group_size=-1), *GPTQ),
+    "gptq-bias": Case(written(format_files.gptq, biases=True), *BIASED_GPTQ),
+    "fp8-tensor": Case(format_files.fp8, *FP8, one_scale=True),
+    "fp8-tensor-static": Case(written(format_files.fp8, static=True), *FP8, one_scale=True),
+    "fp8-block": Case(written(format_files.fp8, block=128), *FP8_BLOCKS, **WIDE),
+    "compressed-fp8-tensor": Case(written(format_files.compressed_fp8, strategy="tensor"), *FP8, one_scale=True),
+    "compressed-fp8-static": Case(
+        written(format_files.compressed_fp8, strategy="tensor", static=True), *FP8, one_scale=True
     ),
-    "compressed-tensors-channel": Case(
-        lambda base, out: exported(base, out, group_size=None), compressed_matrix, COMPRESSED
-    ),
-    "awq": Case(format_files.awq, awq_matrix, ("qweight", "scales", "qzeros"), ("qweight", "scales", "qzeros")),
-    "awq-g32": Case(
-        lambda base, out: format_files.awq(base, out, group_size=32), awq_matrix, ("qweight", "scales", "qzeros"),
-        ("qweight", "scales", "qzeros"),
-    ),
-    "gptq": Case(format_files.gptq, gptq_matrix, *GPTQ),
-    "gptq-channel": Case(lambda base, out: format_files.gptq(base, out, group_size=-1), gptq_matrix, *GPTQ),
-    "gptq-bias": Case(
-        lambda base, out: format_files.gptq(base, out, biases=True), gptq_matrix, ("qweight", "scales", "bias"), GPTQ[1]
-    ),
-}  # fmt: skip
+    "compressed-fp8-channel": Case(written(format_files.compressed_fp8, strategy="channel"), *FP8, **WIDE),
+    "compressed-fp8-block": Case(written(format_files.compressed_fp8, strategy="block"), *FP8, **WIDE),
+}
 
 
 @pytest.fixture(scope="session", params=CASES)
-def case_and_checkpoint(
-    request: pytest.FixtureRequest, qwen3_moe_bf16: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Case, Path]:
+def case_and_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
     case = CASES[request.param]
-    return case, case.write(qwen3_moe_bf16, tmp_path_factory.mktemp(request.param))
+    return case, case.write(request.getfixturevalue(case.base), tmp_path_factory.mktemp(request.param))
 
 
-def parts_of(checkpoint: Path) -> dict[tuple[int, int, str], State]:
-    """Tensors of each matrix by layer, expert and projection."""
-    parts: dict[tuple[int, int, str], State] = {}
+def parts_of(checkpoint: Path) -> Parts:
+    parts: Parts = {}
     for layer, expert, projection, name, tensor in format_files.expert_tensors(checkpoint):
         parts.setdefault((layer, expert, projection), {})[name] = tensor
     return parts
@@ -117,29 +149,31 @@ def test_the_store_holds_the_files_values(
         for expert in range(NUM_EXPERTS):
             for name in case.stored:
                 gate, up, down = (parts[number, expert, f"{part}_proj"][name] for part in ("gate", "up", "down"))
+                if gate.numel() == 1:
+                    gate, up, down = gate.reshape(1), up.reshape(1), down.reshape(())
                 both = torch.cat([gate, up], dim=1 if name in case.inputs_first else 0)
-                assert torch.equal(store.field(f"w13_{name}")[expert], both), f"w13_{name} of expert {expert}"
-                assert torch.equal(store.field(f"w2_{name}")[expert], down), f"w2_{name} of expert {expert}"
+                for field, wanted in ((f"w13_{name}", both), (f"w2_{name}", down)):
+                    found = store.field(field)[expert]
+                    assert found.dtype == wanted.dtype
+                    assert torch.equal(found.float(), wanted.float()), f"{field} of expert {expert}"
 
 
-def plain(
-    parts: dict[tuple[int, int, str], State], case: Case, layer: int, hidden: torch.Tensor, logits: torch.Tensor
-) -> torch.Tensor:
+def plain(parts: Parts, case: Case, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """A layer's output from the file's tensors, float32."""
     top = logits.softmax(-1).topk(TOP_K)
     weights = top.values / top.values.sum(-1, keepdim=True)
-
-    def project(expert: int, projection: str, x: torch.Tensor) -> torch.Tensor:
-        part = parts[layer, expert, projection]
-        y = x @ case.matrix(part).t()
-        return y + part["bias"].float() if "bias" in part else y
-
     output = torch.zeros(hidden.shape)
     for token, experts in enumerate(top.indices.tolist()):
-        x = hidden[token].float()
         for k, expert in enumerate(experts):
-            inner = functional.silu(project(expert, "gate_proj", x)) * project(expert, "up_proj", x)
-            output[token] += weights[token, k] * project(expert, "down_proj", inner)
+            matrices = case.matrices(parts, layer, expert)
+
+            def project(name: str, x: torch.Tensor, expert: int = expert, matrices: State = matrices) -> torch.Tensor:
+                bias = parts[layer, expert, name].get("bias")
+                return x @ matrices[name].t() + (0.0 if bias is None else bias.float())
+
+            x = hidden[token].float()
+            inner = functional.silu(project("gate_proj", x)) * project("up_proj", x)
+            output[token] += weights[token, k] * project("down_proj", inner)
     return output
 
 
@@ -152,7 +186,7 @@ def test_the_converted_experts_are_the_files(
     parts = parts_of(checkpoint)
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
-        hidden = torch.randn(3, 128, generator=generator).bfloat16()
+        hidden = torch.randn(3, loaded.config.model_config.get_hidden_size(), generator=generator).bfloat16()
         logits = 2 * torch.randn(3, NUM_EXPERTS, generator=generator)
         output = loaded.run(layer, hidden, logits).float()
         wanted = plain(parts, case, layer, hidden, logits)
@@ -204,6 +238,8 @@ def test_gptq_with_activation_ordering(qwen3_moe_bf16: Path, tmp_path: Path) -> 
     [
         (format_files.awq, {"zero_point": False}, "AWQ with zero_point False and group size 64"),
         (format_files.gptq, {"bits": 8}, "GPTQ with 8 bits"),
+        (format_files.fp8, {"weight_block_size": [64, 64]}, "FP8 in blocks of [64, 64]"),
+        (format_files.fp8, {"store_dtype": "mxfp4"}, "FP8 stored as mxfp4"),
     ],
 )
 def test_a_variant_without_a_backend_is_named(

@@ -41,6 +41,12 @@ def qwen3(make: Callable[..., Path], **arguments: Any) -> Callable[[Path], Path]
     return lambda out: make(checkpoints.write(checkpoints.qwen3_moe_config(), out / "base"), out / "made", **arguments)
 
 
+def wide_qwen3(make: Callable[..., Path], **arguments: Any) -> Callable[[Path], Path]:
+    """The same with matrices of several blocks."""
+    config = checkpoints.qwen3_moe_wide_config
+    return lambda out: make(checkpoints.write(config(), out / "base"), out / "made", **arguments)
+
+
 def gpt_oss(out: Path) -> Path:
     """Writes a gpt-oss in BF16 with biases that are not zero."""
     return checkpoints.write(checkpoints.gpt_oss_served_config(), out, varied=True)
@@ -55,10 +61,15 @@ CASES = {
     "gpt-oss-bf16": Case(lambda out: gpt_oss(out), "triton"),
     "gpt-oss-mxfp4": Case(lambda out: format_files.gpt_oss_mxfp4(gpt_oss(out / "base"), out / "made"), "marlin"),
     "awq": Case(qwen3(format_files.awq), "marlin"),
-    "awq-g32": Case(qwen3(format_files.awq, group_size=32), "marlin"),
+    "awq-g128": Case(wide_qwen3(format_files.awq, group_size=128), "marlin"),
     "gptq": Case(qwen3(format_files.gptq), "marlin"),
     "gptq-channel": Case(qwen3(format_files.gptq, group_size=-1), "marlin"),
     "gptq-bias": Case(qwen3(format_files.gptq, biases=True), "marlin"),
+    "fp8-tensor": Case(qwen3(format_files.fp8), "marlin"),
+    "fp8-tensor-static": Case(qwen3(format_files.fp8, static=True), "marlin"),
+    "fp8-block": Case(wide_qwen3(format_files.fp8, block=128), "marlin"),
+    "compressed-fp8-channel": Case(qwen3(format_files.compressed_fp8, strategy="channel"), "marlin"),
+    "compressed-fp8-block": Case(wide_qwen3(format_files.compressed_fp8, strategy="block"), "marlin"),
 }  # fmt: skip
 
 

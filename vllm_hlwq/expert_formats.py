@@ -3,6 +3,10 @@
 An ``ExpertFormat`` lists the tensors that a quant method of vLLM's registers for its experts, and says how those of a
 chunk of experts become what the kernels read. A tensor that is registered but not listed is refused: so nothing that
 a kernel needs can be lost between the loader and the slots.
+
+The conversions are vLLM's own and work expert by expert: they repack, permute and pad each for itself, and where an
+FP8 expert's gate and up get one scale, it is the larger of these two. What vLLM takes over all experts of a layer is
+not used here: the scales of INT8 activations, those of FP8 activations, and one factor for all NVFP4 scales.
 """
 
 from __future__ import annotations
@@ -170,4 +174,49 @@ def gptq_int4(quant_config: Any) -> ExpertFormat:
         optional=both("bias"),
         weight_type="uint4b8",
         group_size=None if quant_config.group_size == -1 else quant_config.group_size,
+    )
+
+
+def fp8(scale_name: str, block_size: list[int] | None, per_tensor: bool) -> ExpertFormat:
+    """FP8 (e4m3) weights; activations stay 16-bit, so their scales are not read.
+
+    Args:
+        scale_name: of the quant method's scales.
+        block_size: output and input features that share a scale; None for one a tensor or an output channel.
+        per_tensor: whether gate, up and down have one scale each. vLLM's kernels take one for gate and up together, so
+            each expert's pair is coded anew with the larger one, as vLLM does it.
+    """
+
+    def convert(raw: Tensors, moe_config: Any) -> Tensors:
+        layer = layer_of(raw, moe_config)
+        layer.orig_dtype = moe_config.in_dtype
+        layer.weight_block_size = block_size
+        w13, w13_scale = raw["w13_weight"], raw[f"w13_{scale_name}"]
+        if per_tensor:
+            w13, w13_scale = borrow("process_fp8_weight_tensor_strategy_moe")(
+                w13.clone(),  # written in place
+                w13_scale,
+                layer.intermediate_size_per_partition,
+                layer.num_experts,
+                moe_config.is_act_and_mul,
+            )
+        w13, w2, w13_scale, w2_scale = borrow("convert_to_fp8_moe_kernel_format")(
+            fp8_backend=borrow("Fp8MoeBackend").MARLIN,
+            layer=layer,
+            w13=w13,
+            w2=raw["w2_weight"],
+            w13_scale=w13_scale,
+            w2_scale=raw[f"w2_{scale_name}"],
+            w13_input_scale=None,
+            w2_input_scale=None,
+        )
+        return {"w13_weight": w13, "w2_weight": w2, "w13_scale": w13_scale, "w2_scale": w2_scale}
+
+    return ExpertFormat(
+        "FP8",
+        both("weight", scale_name),
+        convert,
+        loader_only=both("input_scale"),
+        weight_type="float8_e4m3fn",
+        group_size=None if block_size is None else block_size[1],
     )

@@ -99,7 +99,7 @@ class OffloadedLayer:
         shapes = {name: stored[name] for name in carried}
         self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes, self.stacked)
         for name, parameter in declared.items():
-            spare = torch.empty_like(parameter, device="cpu")
+            spare = torch.ones_like(parameter, device="cpu")  # vLLM's loader takes another scale than 1 for loaded
             placed = torch.nn.Parameter(self.store.field(name) if name in carried else spare, requires_grad=False)
             placed.__dict__.update(parameter.__dict__)
             placed.expert_field = name if name in carried else None  # type: ignore[attr-defined]

@@ -8,15 +8,20 @@ from .errors import ExpertCacheError
 from .quant_methods import (
     AutoAWQMoEMethod,
     AutoGPTQMoEMethod,
+    CompressedTensorsW8A8Fp8MoEMethod,
     CompressedTensorsWNA16MoEMethod,
+    Fp8MoEMethod,
     GptOssMxfp4MoEMethod,
     UnquantizedFusedMoEMethod,
 )
 from .vllm_compat import borrow
 
 SUPPORTED_QUANTISATIONS = (
-    "BF16, FP16, compressed-tensors pack-quantized INT4 (group or channel scales), AWQ INT4, GPTQ INT4 or gpt-oss MXFP4"
+    "BF16, FP16, compressed-tensors pack-quantized INT4 (group or channel scales), AWQ INT4, GPTQ INT4, gpt-oss MXFP4 "
+    "or FP8 (a scale a tensor, a channel or 128 x 128 block)"
 )
+FP8_BLOCK = [128, 128]
+"""The only blocks that vLLM's Marlin kernels are compiled for."""
 
 
 def make_quant_method(layer: Any, quant_config: Any, prefix: str) -> Any:
@@ -45,6 +50,10 @@ def _compressed_tensors(layer: Any, quant_config: Any, prefix: str) -> Any:
     if scheme is None:
         return UnquantizedFusedMoEMethod(layer.moe_config)
     weights, inputs = scheme["weights"], scheme.get("input_activations")
+    if quant_config._is_fp8_w8a8(weights, inputs):
+        if weights.strategy == "block" and list(weights.block_structure) != FP8_BLOCK:
+            raise _unsupported(prefix, f"compressed-tensors FP8 in blocks of {weights.block_structure}")
+        return CompressedTensorsW8A8Fp8MoEMethod(weights, inputs, layer.moe_config)
     if not quant_config._is_wNa16_group_channel(weights, inputs) or weights.num_bits != 4 or weights.type != "int":
         activations = "16-bit" if inputs is None else f"{inputs.num_bits}-bit {inputs.type}"
         raise _unsupported(
@@ -87,6 +96,22 @@ def _gptq(layer: Any, quant_config: Any, prefix: str) -> Any:
     return method
 
 
+def _fp8(layer: Any, quant_config: Any, prefix: str) -> Any:
+    if borrow("is_layer_skipped")(
+        prefix,
+        quant_config.ignored_layers,
+        quant_config.packed_modules_mapping,
+        match_mode=quant_config.ignored_layers_match_mode,
+    ):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    if quant_config.store_dtype is not None:
+        raise _unsupported(prefix, f"FP8 stored as {quant_config.store_dtype}")
+    block = quant_config.weight_block_size
+    if block is not None and list(block) != FP8_BLOCK:
+        raise _unsupported(prefix, f"FP8 in blocks of {block}")
+    return Fp8MoEMethod(quant_config, layer.moe_config)
+
+
 def _gpt_oss_mxfp4(layer: Any, quant_config: Any, prefix: str) -> Any:
     return GptOssMxfp4MoEMethod(layer.moe_config)
 
@@ -102,5 +127,6 @@ MAKERS = {
     borrow("AutoAWQConfig"): _awq,
     borrow("AutoGPTQConfig"): _gptq,
     borrow("GptOssMxfp4Config"): _gpt_oss_mxfp4,
+    borrow("Fp8Config"): _fp8,
 }
 """Exact classes of vLLM's configurations: a subclass may hold its experts in another way."""

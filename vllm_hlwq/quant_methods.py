@@ -20,6 +20,7 @@ from .expert_formats import (
     ExpertFormat,
     awq_int4,
     compressed_tensors_int4,
+    fp8,
     gptq_int4,
 )
 from .vllm_compat import borrow
@@ -157,3 +158,33 @@ class GptOssMxfp4MoEMethod(HostLoadedMethod, StockMxfp4):  # type: ignore[misc]
         """Round up as vLLM does for Marlin, which takes no 2,880 features; the loader leaves zeros in the padding."""
         rounded: tuple[int, int] = StockMxfp4.maybe_roundup_sizes(self, *sizes_and_settings)
         return rounded
+
+
+class Fp8MoEMethod(HostLoadedMethod, borrow("Fp8MoEMethod")):  # type: ignore[misc]
+    """FP8 experts with a scale a tensor or a block."""
+
+    def __init__(self, quant_config: Any, moe: Any) -> None:
+        StockMethod.__init__(self, moe)
+        self.quant_config = quant_config
+        self.weight_block_size = quant_config.weight_block_size
+        self.moe_block_shape = quant_config.weight_block_size
+        self.block_quant = quant_config.weight_block_size is not None
+        self.weight_scale_name = "weight_scale_inv" if self.block_quant else "weight_scale"
+        self.weight_scale_refine = None
+        self.expert_format = fp8(self.weight_scale_name, self.weight_block_size, per_tensor=not self.block_quant)
+
+
+class CompressedTensorsW8A8Fp8MoEMethod(
+    HostLoadedMethod,
+    borrow("CompressedTensorsW8A8Fp8MoEMethod"),  # type: ignore[misc]
+):
+    """FP8 experts of compressed-tensors with a scale a tensor, an output channel or a block."""
+
+    def __init__(self, weight_quant: Any, input_quant: Any, moe: Any) -> None:
+        StockMethod.__init__(self, moe)
+        self.weight_quant = weight_quant
+        self.input_quant = input_quant
+        self.block_quant = weight_quant.strategy == "block"
+        self.weight_block_size = weight_quant.block_structure if self.block_quant else None
+        self.static_input_scales = not input_quant.dynamic
+        self.expert_format = fp8("weight_scale", self.weight_block_size, per_tensor=weight_quant.strategy == "tensor")

@@ -114,7 +114,7 @@ BORROWED: dict[str, Borrowed] = {
         f"{_COMPRESSED}.compressed_tensors",
         "CompressedTensorsConfig",
         "says which scheme the checkpoint gives a layer's experts",
-        ("_add_fused_moe_to_target_scheme_map", "get_scheme_dict", "_is_wNa16_group_channel"),
+        ("_add_fused_moe_to_target_scheme_map", "get_scheme_dict", "_is_wNa16_group_channel", "_is_fp8_w8a8"),
     ),
     "AutoAWQConfig": Borrowed(f"{_QUANTIZATION}.auto_awq", "AutoAWQConfig", "recognises AWQ checkpoints"),
     "AutoAWQMoEMethod": Borrowed(
@@ -151,6 +151,29 @@ BORROWED: dict[str, Borrowed] = {
         f"{_FUSED_MOE}.oracle.mxfp4",
         "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format",
         "repacks MXFP4 experts into Marlin's layout, as a function of a chunk of experts",
+    ),
+    "Fp8Config": Borrowed(f"{_QUANTIZATION}.fp8", "Fp8Config", "recognises FP8 checkpoints"),
+    "Fp8MoEMethod": Borrowed(
+        f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "declares the checkpoint tensors of FP8 experts", ("create_weights",)
+    ),
+    "CompressedTensorsW8A8Fp8MoEMethod": Borrowed(
+        f"{_COMPRESSED}.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8MoEMethod",
+        "declares the checkpoint tensors of compressed-tensors' FP8 experts",
+        ("create_weights",),
+    ),
+    "Fp8MoeBackend": Borrowed(
+        f"{_FUSED_MOE}.oracle.fp8", "Fp8MoeBackend", "vLLM's name of the Marlin backend for FP8", ("MARLIN",)
+    ),
+    "convert_to_fp8_moe_kernel_format": Borrowed(
+        f"{_FUSED_MOE}.oracle.fp8",
+        "convert_to_fp8_moe_kernel_format",
+        "repacks FP8 experts into Marlin's layout, as a function of a chunk of experts",
+    ),
+    "process_fp8_weight_tensor_strategy_moe": Borrowed(
+        f"{_QUANTIZATION}.utils.fp8_utils",
+        "process_fp8_weight_tensor_strategy_moe",
+        "gives gate and up of an expert one scale where the checkpoint has two",
     ),
     "is_layer_skipped": Borrowed(
         f"{_QUANTIZATION}.utils.quant_utils",
