@@ -77,41 +77,80 @@ def layer_of(raw: Tensors, moe_config: Any) -> SimpleNamespace:
     )
 
 
-def convert_int4(quant_config: Any, tensors: dict[str, torch.Tensor | None], layer: SimpleNamespace) -> Tensors:
-    """INT4 experts to Marlin's layout by vLLM's conversion, which repacks, permutes and pads expert by expert.
+def int4_conversion(
+    quant_config: Any, weight: str, scale: str, zeros: str = "", inputs_first: bool = False
+) -> Conversion:
+    """To Marlin's layout by vLLM's conversion, which repacks, permutes and pads expert by expert.
 
     Args:
-        quant_config: what the conversion takes the bits and the group size from.
-        tensors: ``w13``, ``w13_scale``, ``w13_qzeros``, ``w13_bias`` and those of ``w2``: ``[chunk, ...]`` or None.
-        layer: of ``layer_of``.
+        quant_config: what the conversion takes the bits and the group size from; AWQ's own order of packing too.
+        weight: name of the packed weights.
+        scale: name of their scales.
+        zeros: name of their zero points, empty if there are none.
+        inputs_first: whether inputs come before outputs in weights and scales; the conversion wants outputs first, but
+            for AWQ, which it knows.
     """
-    converted = borrow("convert_to_wna16_moe_kernel_format")(
-        backend=borrow("WNA16MoEBackend").MARLIN, layer=layer, quant_config=quant_config, input_dtype=None, **tensors
-    )
-    return {name: tensor for name, tensor in zip(INT4_FIELDS, converted, strict=True) if tensor is not None}
+
+    def convert(raw: Tensors, moe_config: Any) -> Tensors:
+        def turned(name: str) -> torch.Tensor:
+            return raw[name].transpose(1, 2).contiguous() if inputs_first else raw[name]
+
+        tensors: dict[str, torch.Tensor | None] = {}
+        for projection in ("w13", "w2"):
+            tensors[projection] = turned(f"{projection}_{weight}")
+            tensors[f"{projection}_scale"] = turned(f"{projection}_{scale}")
+            tensors[f"{projection}_qzeros"] = raw.get(f"{projection}_{zeros}")
+            tensors[f"{projection}_bias"] = raw.get(f"{projection}_bias")
+        converted = borrow("convert_to_wna16_moe_kernel_format")(
+            backend=borrow("WNA16MoEBackend").MARLIN,
+            layer=layer_of(raw, moe_config),
+            quant_config=quant_config,
+            input_dtype=None,
+            **tensors,
+        )
+        return {name: tensor for name, tensor in zip(INT4_FIELDS, converted, strict=True) if tensor is not None}
+
+    return convert
 
 
 def compressed_tensors_int4(weight_quant: Any) -> ExpertFormat:
     """compressed-tensors ``pack-quantized`` with 4 bits, symmetric or not."""
-
-    def convert(raw: Tensors, moe_config: Any) -> Tensors:
-        tensors: dict[str, torch.Tensor | None] = {}
-        for projection in ("w13", "w2"):
-            tensors[projection] = raw[f"{projection}_weight_packed"]
-            tensors[f"{projection}_scale"] = raw[f"{projection}_weight_scale"]
-            tensors[f"{projection}_qzeros"] = raw.get(f"{projection}_weight_zero_point")
-            tensors[f"{projection}_bias"] = raw.get(f"{projection}_bias")
-        return convert_int4(weight_quant, tensors, layer_of(raw, moe_config))
-
     return ExpertFormat(
         "compressed-tensors INT4",
         both("weight_packed", "weight_scale", "weight_zero_point", "bias"),
-        convert,
+        int4_conversion(weight_quant, "weight_packed", "weight_scale", "weight_zero_point"),
         loader_only=both("weight_shape"),
         weight_type="uint4b8" if weight_quant.symmetric else "uint4",
         group_size=weight_quant.group_size,
         weight_quant=weight_quant,
         on_reference=True,
+    )
+
+
+def awq_int4(quant_config: Any) -> ExpertFormat:
+    """AWQ with 4 bits, packed along the outputs in AWQ's order, with zero points."""
+    return ExpertFormat(
+        "AWQ INT4",
+        both("qweight", "scales", "qzeros"),
+        int4_conversion(quant_config, "qweight", "scales", "qzeros"),
+        weight_type="uint4",
+        group_size=quant_config.group_size,
+    )
+
+
+def gptq_int4(quant_config: Any) -> ExpertFormat:
+    """GPTQ with 4 bits, symmetric: its zero points are all the middle of the range, which the kernels assume.
+
+    vLLM registers biases for every model and drops them where the checkpoint has none.
+    """
+    return ExpertFormat(
+        "GPTQ INT4",
+        both("qweight", "scales", "bias"),
+        int4_conversion(quant_config, "qweight", "scales", inputs_first=True),
+        loader_only=both("qzeros"),
+        optional=both("bias"),
+        weight_type="uint4b8",
+        group_size=None if quant_config.group_size == -1 else quant_config.group_size,
     )
 
 
@@ -129,52 +168,6 @@ def _convert_mxfp4(raw: Tensors, moe_config: Any) -> Tensors:
 GPT_OSS_MXFP4 = ExpertFormat(
     "MXFP4", both("weight", "weight_scale", "bias"), _convert_mxfp4, weight_type="float4_e2m1f", group_size=32
 )
-
-
-def awq_int4(quant_config: Any) -> ExpertFormat:
-    """AWQ with 4 bits, packed along the outputs in AWQ's order, with zero points."""
-
-    def convert(raw: Tensors, moe_config: Any) -> Tensors:
-        tensors: dict[str, torch.Tensor | None] = {}
-        for projection in ("w13", "w2"):
-            tensors[projection] = raw[f"{projection}_qweight"]
-            tensors[f"{projection}_scale"] = raw[f"{projection}_scales"]
-            tensors[f"{projection}_qzeros"] = raw[f"{projection}_qzeros"]
-        return convert_int4(quant_config, tensors, layer_of(raw, moe_config))
-
-    return ExpertFormat(
-        "AWQ INT4",
-        both("qweight", "scales", "qzeros"),
-        convert,
-        weight_type="uint4",
-        group_size=quant_config.group_size,
-    )
-
-
-def gptq_int4(quant_config: Any) -> ExpertFormat:
-    """GPTQ with 4 bits, symmetric: its zero points are all the middle of the range, which the kernels assume.
-
-    vLLM registers biases for every model and drops them where the checkpoint has none.
-    """
-
-    def convert(raw: Tensors, moe_config: Any) -> Tensors:
-        tensors: dict[str, torch.Tensor | None] = {}
-        for projection in ("w13", "w2"):
-            # Inputs come first in GPTQ's tensors, outputs in what the conversion takes.
-            tensors[projection] = raw[f"{projection}_qweight"].transpose(1, 2).contiguous()
-            tensors[f"{projection}_scale"] = raw[f"{projection}_scales"].transpose(1, 2).contiguous()
-            tensors[f"{projection}_bias"] = raw.get(f"{projection}_bias")
-        return convert_int4(quant_config, tensors, layer_of(raw, moe_config))
-
-    return ExpertFormat(
-        "GPTQ INT4",
-        both("qweight", "scales", "bias"),
-        convert,
-        loader_only=both("qzeros"),
-        optional=both("bias"),
-        weight_type="uint4b8",
-        group_size=None if quant_config.group_size == -1 else quant_config.group_size,
-    )
 
 
 def fp8(scale_name: str, block_size: list[int] | None, per_tensor: bool) -> ExpertFormat:
