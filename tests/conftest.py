@@ -20,7 +20,7 @@ import hlwq_files
 from int4_format import MODELS
 from quantizing import SHARD_BYTES
 
-from vllm_hlwq.checkpoint.dequantize import open_source
+from vllm_hlwq.checkpoint.dequantize import dequantize, open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.quantize import quantize
 
@@ -33,6 +33,14 @@ def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """INT4 sibling of the trained model that ships."""
     out = tmp_path_factory.mktemp("trained") / "tiny-moe-CT"
     export_int4(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model that ships, in 16 bit."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-moe-bf16"
+    dequantize(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
     return out
 
 
