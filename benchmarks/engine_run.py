@@ -101,35 +101,41 @@ def difference(later: dict[str, int], earlier: dict[str, int]) -> dict[str, int]
     return {name: amount - earlier[name] for name, amount in later.items()}
 
 
-def measure_batch(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Prefill and decoding at one batch size: medians of seconds, and the counters of one request more.
+def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Prefill and decoding of one case: medians of seconds, and the counters of one request more.
 
     A request of one token is its prefill. A request of 1 + n is the same prefill and n steps more, so the difference
-    of the medians is n steps of decoding. Prompts that do not fit one chunk together begin to decode while others are
-    still read; the difference then holds fewer than n whole steps of the whole batch.
+    of the medians is n steps of decoding, nothing where n is 0. Prompts that do not fit one chunk together begin to
+    decode while others are still read; the difference then holds fewer than n whole steps of the whole batch.
     """
-    engine.timed(engine.prompts(f"warm-up {batch}", batch, prompt_tokens), WARM_UP_TOKENS)
+    case = f"{batch} {prompt_tokens}"
+    engine.timed(engine.prompts(f"warm-up {case}", batch, prompt_tokens), WARM_UP_TOKENS)
     prefills, requests = [], []
     for repeat in range(repeats):
-        prompts = engine.prompts(f"{repeat} {batch}", batch, prompt_tokens)
+        prompts = engine.prompts(f"{repeat} {case}", batch, prompt_tokens)
         prefills.append(engine.timed(prompts, 1))
-        requests.append(engine.timed(prompts, 1 + new_tokens))
+        requests.append(engine.timed(prompts, 1 + new_tokens) if new_tokens else prefills[-1])
     prefill_seconds = median(prefills)
-    decode_seconds = median(requests) - prefill_seconds
-    if decode_seconds <= 0:
-        raise RuntimeError(
-            f"{1 + new_tokens} tokens took no longer than 1; measure with more --new-tokens or --repeats"
-        )
-    return {
+    figures = {
         "batch": batch,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
         "prefill_seconds": prefill_seconds,
         "prefill_tokens_per_second": batch * prompt_tokens / prefill_seconds,
-        "step_milliseconds": 1e3 * decode_seconds / new_tokens,
-        "decode_tokens_per_second": batch * new_tokens / decode_seconds,
-        **cache_figures(engine, engine.prompts(f"counted {batch}", batch, prompt_tokens), new_tokens),
+        **cache_figures(engine, engine.prompts(f"counted {case}", batch, prompt_tokens), new_tokens),
+    }
+    return figures | (decode_figures(median(requests) - prefill_seconds, batch, new_tokens) if new_tokens else {})
+
+
+def decode_figures(seconds: float, batch: int, new_tokens: int) -> dict[str, float]:
+    if seconds <= 0:
+        raise RuntimeError(
+            f"{1 + new_tokens} tokens took no longer than 1; measure with more --new-tokens or --repeats"
+        )
+    return {
+        "step_milliseconds": 1e3 * seconds / new_tokens,
+        "decode_tokens_per_second": batch * new_tokens / seconds,
     }
 
 
@@ -139,11 +145,15 @@ def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_token
         return {}
     counts, layers = engine.counted(prompts, 1 + new_tokens), engine.sizes["layers"]
     prefill, decode = counts["prefill"], counts["decode"]
-    steps = decode["steps"] / layers
-    moved = decode["h2d_bytes"] / steps if steps else 0.0  # all resident: the cache counts no step
-    return {
+    figures = {
         "prefill_hit_rate": prefill["hits"] / prefill["queries"] if prefill["queries"] else None,
         "prefill_bytes": prefill["h2d_bytes"],
+    }
+    if not new_tokens:
+        return figures
+    steps = decode["steps"] / layers
+    moved = decode["h2d_bytes"] / steps if steps else 0.0  # all resident: the cache counts no step
+    return figures | {
         "decode_hit_rate": decode["hits"] / decode["queries"] if decode["queries"] else None,
         "decode_bytes_per_step": moved,
         "decode_bytes_per_token": moved / len(prompts),
@@ -152,19 +162,19 @@ def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_token
 
 
 def run(specification: dict[str, Any]) -> dict[str, Any]:
-    """Measure the specified engine at all its batch sizes."""
-    if not torch.cuda.is_available():
+    """Measure the specified engine in all cases.
+
+    Whether there is a GPU is in the specification: torch, asked here, would begin to use it, and vLLM forks.
+    """
+    if not specification["cuda"]:
         # Else the engine is ahead of this process by some steps when its counters are read.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = Engine(specification["model"], specification["cached"], specification["engine"])
-    sizes = ("prompt_tokens", "new_tokens", "repeats")
-    measurements = [
-        measure_batch(engine, batch, *(specification[size] for size in sizes)) for batch in specification["batches"]
-    ]
+    measurements = [measure(engine, **case, repeats=specification["repeats"]) for case in specification["cases"]]
     return {
         "start_up_seconds": engine.start_up_seconds,
         "expert_cache": engine.sizes,
-        "gpu_memory": engine.llm.collective_rpc(gpu_memory)[0] if torch.cuda.is_available() else None,
+        "gpu_memory": engine.llm.collective_rpc(gpu_memory)[0] if specification["cuda"] else None,
         "measurements": measurements,
     }
 

@@ -10,7 +10,6 @@ import ctypes
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,40 +18,17 @@ import torch
 from gather_bulk import VARIANTS, CudaGather, build
 
 from vllm_hlwq.bench.cuda_timing import seconds_per_call
+from vllm_hlwq.bench.moe_shapes import MoeShape
 from vllm_hlwq.cudart import CudaRuntime
 from vllm_hlwq.gather_kernel import CHUNK_BYTES, PROGRAMS, WARPS, Gather
-from vllm_hlwq.host_store import HostStore, RecordLayout
+from vllm_hlwq.host_store import HostStore
 from vllm_hlwq.weight_bank import WeightBank
 
 EXPERTS_A_CALL = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT_EXPERTS = (1, 8)
+QUICK_EXPERTS_A_CALL = (1, 8)
 PROGRAM_COUNTS = (16, 32, 64, 96, 132, 264)
 SHARED_MEMORY_BYTES = 220 * 1024  # a block's most on Hopper, less what the barriers need
-
-
-@dataclass(frozen=True)
-class MoeShape:
-    """Sizes of a mixture-of-experts layer with INT4 experts."""
-
-    hidden: int
-    width: int
-    experts: int
-    top_k: int
-    group_size: int
-
-    def marlin_layout(self) -> RecordLayout:
-        """An expert's record as vLLM's Marlin kernels read it: tiles of 16 inputs, 8 codes an int32, BF16 scales."""
-        fields = {}
-        for name, inputs, outputs in (("w13", self.hidden, 2 * self.width), ("w2", self.width, self.hidden)):
-            fields[f"{name}_weight_packed"] = ((inputs // 16, outputs * 2), torch.int32)
-            fields[f"{name}_weight_scale"] = ((inputs // self.group_size, outputs), torch.bfloat16)
-        return RecordLayout(fields)
-
-
-SHAPES = {
-    "gemma-4-26b-a4b": MoeShape(hidden=2816, width=704, experts=128, top_k=8, group_size=64),
-    "qwen3-30b-a3b": MoeShape(hidden=2048, width=768, experts=128, top_k=8, group_size=64),
-}
 
 
 class Link:
@@ -66,7 +42,8 @@ class Link:
         generator = torch.Generator().manual_seed(0)
         for name in self.layout:
             field = self.store.field(name)
-            raw = torch.randint(0, 256, (field.numel() * field.itemsize,), dtype=torch.uint8, generator=generator)
+            words = field.numel() * field.itemsize // 8
+            raw = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, generator=generator)
             field.copy_(raw.view(field.dtype).view(field.shape))
         self.store.page_lock()
         self.bank = WeightBank.allocate(shape.experts, self.layout, device)
@@ -187,19 +164,20 @@ def pcie_link() -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-def measure(shape: MoeShape, swept: bool, cuda_cpp: bool) -> dict[str, Any]:
+def measure(shape: MoeShape, swept: bool, cuda_cpp: bool, quick: bool = False) -> dict[str, Any]:
     """Copy engine against gather at 1 to 128 experts a launch.
 
     Args:
         shape: the layer.
         swept: try the kernel's sizes too, about a minute.
         cuda_cpp: and the CUDA C++ variants, which nvcc builds first.
+        quick: only two numbers of experts a launch.
     """
     link = Link(shape)
     gather = Gather(link.layout, link.bank)
     link.check(gather)
     rates = []
-    for experts in (n for n in EXPERTS_A_CALL if n <= shape.experts):
+    for experts in (n for n in (QUICK_EXPERTS_A_CALL if quick else EXPERTS_A_CALL) if n <= shape.experts):
         copy = max(link.copy_rate(experts, together) for together in (False, True)) / 1e9
         rate = link.gather_rate(gather, experts) / 1e9
         rates.append({"experts": experts, "copy_gb_per_s": copy, "gather_gb_per_s": rate, "share": rate / copy})

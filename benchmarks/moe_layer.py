@@ -1,8 +1,17 @@
 """One mixture-of-experts layer taken apart on a GPU: what each kernel costs, by CUDA events and graph replay.
 
-    python benchmarks/moe_layer.py [--parts gather] [--shape gemma-4-26b-a4b] [--sweep] [--cuda-cpp] [--out DIR]
+    python benchmarks/moe_layer.py [--parts gather plan layer] [--shape gemma-4-26b-a4b] [--quick] [--out DIR]
 
-Prints a table for each part and writes ``DIR/moe_layer.json`` with the environment.
+``gather``: experts over the link, by the copy engine and by the gather kernel, 1 to 128 of them a launch; ``--sweep``
+    tries the kernel's sizes too, and ``--cuda-cpp`` the variants in CUDA C++.
+``plan``: microseconds of deciding a step, over experts, top-k, tokens, slots and misses, and whether they grow with the
+    misses (``plan_cost.py``).
+``layer``: whole steps of ``DeviceExpertCache`` over tokens, slots and misses, against the same layer with every expert
+    resident and against the link; what each part of a step takes, and which limits (``layer_step.py``).
+
+``plan`` and ``layer`` run steps whose misses are known beforehand (``known_misses.py``), and fail if the cache's
+counters say otherwise. ``--quick`` measures a few of each. Prints a table for each part and writes
+``DIR/moe_layer.json`` with the environment.
 """
 
 from __future__ import annotations
@@ -14,28 +23,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gather_link
 import torch
 
 from vllm_hlwq.bench import environment
+from vllm_hlwq.bench.moe_shapes import SHAPES
 
-Part = tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], str]]
+Measured = tuple[dict[str, Any], str]
+"""A part's result, and the result as text."""
 
-PARTS: dict[str, Part] = {
-    "gather": (
-        lambda chosen: gather_link.measure(gather_link.SHAPES[chosen.shape], chosen.sweep, chosen.cuda_cpp),
-        gather_link.table,
-    ),
-}
-"""What can be measured: a part's measurement, and its result as text."""
+
+# A part imports what it measures when it is asked for: the gather kernel needs no vLLM.
+
+
+def gather(chosen: argparse.Namespace) -> Measured:
+    import gather_link
+
+    result = gather_link.measure(SHAPES[chosen.shape], chosen.sweep, chosen.cuda_cpp, chosen.quick)
+    return result, gather_link.table(result)
+
+
+def plan(chosen: argparse.Namespace) -> Measured:
+    import plan_cost
+
+    result = plan_cost.measure(chosen.quick)
+    return result, plan_cost.table(result)
+
+
+def layer(chosen: argparse.Namespace) -> Measured:
+    import layer_step
+    import step_report
+
+    result = layer_step.measure(SHAPES[chosen.shape], chosen.quick)
+    return result, step_report.table(result)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Measured]] = {"gather": gather, "plan": plan, "layer": layer}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
-    parser.add_argument(
-        "--shape", choices=list(gather_link.SHAPES), default="gemma-4-26b-a4b", help="the layer's sizes"
-    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="gemma-4-26b-a4b", help="the layer's sizes")
+    parser.add_argument("--quick", action="store_true", help="a few of the measurements only")
     parser.add_argument("--sweep", action="store_true", help="gather: try grid, chunk and block sizes, about a minute")
     parser.add_argument("--cuda-cpp", action="store_true", help="gather: the CUDA C++ variants too (needs nvcc)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for moe_layer.json")
@@ -49,9 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     result: dict[str, Any] = {"environment": environment.describe(), "shape": chosen.shape}
     for name in chosen.parts:
-        measure, table = PARTS[name]
-        result[name] = measure(chosen)
-        print(table(result[name]), flush=True)
+        result[name], text = PARTS[name](chosen)
+        print(text, flush=True)
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
         (chosen.out / "moe_layer.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -152,9 +152,41 @@ def moe_layer(result: dict[str, Any]) -> str:
         f"Records of {gather['record_bytes']:,} bytes (`{result['shape']}`); a launch with nothing to load takes "
         f"{gather['empty_us']:.1f} µs.\n\n"
         f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
-        f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
+        + (planner(result["plan"]) if "plan" in result else "")
+        + (layer_steps(result["layer"]) if "layer" in result else "")
+        + f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
         f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}; made by "
         "`benchmarks/moe_layer.py --sweep`.)\n"
+    )
+
+
+def planner(result: dict[str, Any]) -> str:
+    rows = ""
+    for row in result["rows"]:
+        every = "" if row["every_expert_us"] is None else f"{row['every_expert_us']:.1f}"
+        rows += (
+            f"| {row['experts']} | {row['top_k']} | {row['slots']} | {row['tokens']} | {row['plans'][0]['us']:.1f} "
+            f"| {row['plans'][-1]['us']:.1f} | {every} | {row['align_us']:.1f} | {row['blocks_us']:.1f} |\n"
+        )
+    return (
+        "Deciding a step, in microseconds; with as many misses as steps can keep up the planner takes at most "
+        f"{result['worst_growth']:.2f} times what it takes without.\n\n"
+        "| experts | k | slots | tokens | plan, no miss | most misses | every expert named | align | blocks |\n"
+        f"|---|---|---|---|---|---|---|---|---|\n{rows}\n"
+    )
+
+
+def layer_steps(result: dict[str, Any]) -> str:
+    rows = "".join(
+        f"| {row['tokens']} | {row['slots']} | {row['misses']} | {row['step_us']:.0f} | {row['resident_us']:.0f} "
+        f"| {row['link_us']:.0f} | {row['overhead_us']:.0f} | {row['limit']} |\n"
+        for row in result["rows"]
+    )
+    return (
+        f"One layer's step in microseconds; the link's share is the missing experts' bytes at "
+        f"{result['copy_gb_per_s']:.1f} GB/s, the overhead what neither it nor the resident layer accounts for.\n\n"
+        "| tokens | slots | misses | step | resident | link | overhead | limited by |\n"
+        f"|---|---|---|---|---|---|---|---|\n{rows}\n"
     )
 
 

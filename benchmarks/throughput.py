@@ -83,10 +83,15 @@ def failure_reason(log: str, returncode: int) -> str:
     return f"ended with code {returncode} and no error in its log"
 
 
-def run_task(specification: dict[str, Any], environment: dict[str, str], timeout: float) -> dict[str, Any]:
-    """Run a task of ``engine_run.py`` in a new process group; its result, or the reason why there is none."""
+def run_task(
+    specification: dict[str, Any], environment: dict[str, str], timeout: float, keep_log: Path | None = None
+) -> dict[str, Any]:
+    """Run a task of ``engine_run.py`` in a new process group; its result, or the reason why there is none.
+
+    What it prints is written to ``keep_log`` and stays there, or is removed with the task.
+    """
     with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
-        out, log = Path(scratch) / "result.json", Path(scratch) / "log"
+        out, log = Path(scratch) / "result.json", keep_log or Path(scratch) / "log"
         with log.open("w") as stream:
             process = subprocess.Popen(
                 [sys.executable, str(ENGINE_RUN), str(out)],
@@ -170,18 +175,30 @@ class Benchmark:
         if self.cuda:
             common["kv_cache_memory_bytes"] = round(options.kv_cache_gib * 2**30)
         specification = {
-            "task": "engine", "model": str(options.model), "cached": name == "cache", "engine": common | arguments,
-            "batches": options.batches, "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens,
-            "repeats": options.repeats,
+            "task": "engine", "cuda": self.cuda, "model": str(options.model), "cached": name == "cache",
+            "engine": common | arguments, "repeats": options.repeats,
+            "cases": [
+                {"batch": batch, "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
+                for batch in options.batches
+            ],
         }  # fmt: skip
-        result = run_task(specification, {ROUTING_VARIABLE: ROUTINGS[options.routing]}, options.timeout)
+        routing = {ROUTING_VARIABLE: ROUTINGS[options.routing]}
+        result = run_task(specification, routing, options.timeout, self._log_path(name, size))
         row = {"configuration": name, "cache_size": size, "engine": specification["engine"], **result}
         self._add(row)
         return row
 
+    def _log_path(self, name: str, size: int | None) -> Path | None:
+        if self.options.logs is None:
+            return None
+        self.options.logs.mkdir(parents=True, exist_ok=True)
+        at = "" if size is None else f"-{size}"
+        return Path(self.options.logs, f"{name.replace(':', '-')}{at}.log")
+
     def _add(self, row: dict[str, Any]) -> None:
         at = "" if row["cache_size"] is None else f" at {row['cache_size']}"
-        print(f"{row['configuration']}{at}: {row['status']}", flush=True)
+        reason = f" ({row['reason']})" if "reason" in row else ""
+        print(f"{row['configuration']}{at}: {row['status']}{reason}", flush=True)
         self.rows.append(row)
 
 
@@ -222,6 +239,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs and no torch.compile")
     parser.add_argument("--kv-cache-gib", type=float, default=4.0, help="the same for every configuration on a GPU")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what each engine prints, a file each, in DIR")
     parser.add_argument("--out", type=Path, help="write the result as JSON and a chart beside it")
     return parser.parse_args(words)
 

@@ -67,7 +67,8 @@ def gpt_oss_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Puts another function in the place of the one that chooses a layer's backend."""
+    """Puts another function in the place of the one that chooses a layer's backend, and a size to a GPU that is not."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**34, 2**34))
     return lambda make: monkeypatch.setattr("vllm_hlwq.moe_offload.choose_backend", make)
 
 

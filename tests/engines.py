@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,15 @@ class LoadedModel:
         is_padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Output [T, hidden] of a layer for hidden states [T, hidden], router logits [T, E] and a padding mask [T]."""
+        with self.forward_pass(len(hidden_states), is_padding):
+            return self.runners[layer].forward(hidden_states.clone(), router_logits)
+
+    @contextmanager
+    def forward_pass(self, tokens: int, is_padding: torch.Tensor | None = None) -> Iterator[None]:
+        """One forward pass of vLLM's, inside of which ``runners`` may be called one after the other."""
         with (
             torch.inference_mode(),
             set_current_vllm_config(self.config),
-            set_forward_context(None, self.config, num_tokens=len(hidden_states), is_padding=is_padding),
+            set_forward_context(None, self.config, num_tokens=tokens, is_padding=is_padding),
         ):
-            return self.runners[layer].forward(hidden_states.clone(), router_logits)
+            yield

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from vllm_hlwq.expert_cache import EMPTY, SlotTable
-from vllm_hlwq.plan_kernel import DeviceSlotTable, plan
+from vllm_hlwq.plan_kernel import DeviceSlotTable, plan, prefetch
 
 STATE = ("slot_of_expert", "expert_of_slot", "stamp_of_slot", "clock", "counters")
 
@@ -24,11 +24,13 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """What one step brings: ids [T, k], where there is padding bool [T], and how the ids lie in device memory."""
+    """What one step brings: ids [T, k], where there is padding bool [T], how the ids lie in device memory, and whether
+    experts were prefetched for it."""
 
     ids: torch.Tensor
     is_padding: torch.Tensor | None = None
     layout: str = "contiguous"
+    prefetched: bool = False
 
 
 @dataclass
@@ -55,29 +57,41 @@ class Pair:
         untouched = self.table.ids[len(step.ids) :].clone()
         ids = LAYOUTS[step.layout](step.ids.to(self.device))
         others = (step.is_padding, self.expert_map)
-        plan(self.table, ids, *(None if t is None else LAYOUTS["offset"](t.to(self.device)) for t in others))
+        others = tuple(None if t is None else LAYOUTS["offset"](t.to(self.device)) for t in others)
+        if step.prefetched:
+            prefetch(self.table)
+        plan(self.table, ids, *others, prefetched=step.prefetched)
         self.check(step)
         assert torch.equal(self.table.ids[len(step.ids) :], untouched)
 
     def check(self, step: Step) -> None:
         """Move the mirror by a step that the device has planned, and compare all that both know."""
         table, ids = self.table, self.local_ids(step)
-        expected = self.mirror.plan_step(ids)
+        ahead = 0
+        if step.prefetched:
+            wanted = self.mirror.prefetch().tolist()
+            ahead = int(table.prefetch_count)
+            assert table.prefetch_experts[:ahead].tolist() == wanted
+        expected = self.mirror.plan_step(ids, ahead)
         assert torch.equal(table.ids[: len(ids)].cpu(), ids)
         for name in STATE:
             assert torch.equal(getattr(table, name).cpu(), getattr(self.mirror, name)), name
         assert table.slot_by_age.tolist() == self.mirror.stamp_of_slot.argsort(stable=True).tolist()
 
-        loads, staged = int(table.load_count), int(table.staged_count)
+        loads, skip, staged = int(table.load_count), int(table.staged_skip), int(table.staged_count)
         assert table.load_experts[:loads].tolist() == expected.load_experts.tolist()
         assert table.load_slots[:loads].tolist() == expected.load_slots.tolist()
-        assert table.staged_experts[:staged].tolist() == expected.staged.tolist()
+        places = dict(zip(expected.staged_places.tolist(), expected.staged.tolist(), strict=True))
+        assert {place: int(table.staged_experts[place]) for place in places} == places
+        assert {place for place in places if place >= skip} == set(range(skip, staged))
 
         wave_rows = torch.full((table.num_waves, self.num_experts), EMPTY, dtype=torch.int32)
         for expert in expected.resident.tolist():
             wave_rows[0, expert] = expected.slot_of_expert[expert]
-        for i, expert in enumerate(expected.staged.tolist()):
-            wave_rows[1 + i // self.staging_rows, expert] = i % self.staging_rows
+        for place, expert in places.items():
+            wave_rows[1 + place // self.staging_rows, expert] = place % self.staging_rows
+            if place < skip:
+                assert int(table.prefetch_experts[place]) == expert
         assert torch.equal(table.wave_rows.cpu(), wave_rows)
 
     def local_ids(self, step: Step) -> torch.Tensor:
@@ -112,7 +126,7 @@ def steps(draw: st.DrawFn, top_k: int, num_ids: int, long_steps: tuple[int, ...]
     is_padding = None
     if draw(st.booleans()):
         is_padding = torch.rand(tokens, generator=torch.Generator().manual_seed(tokens)) < draw(st.floats(0, 1))
-    return Step(ids.to(dtype), is_padding, draw(st.sampled_from(sorted(LAYOUTS))))
+    return Step(ids.to(dtype), is_padding, draw(st.sampled_from(sorted(LAYOUTS))), draw(st.booleans()))
 
 
 @st.composite

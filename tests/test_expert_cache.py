@@ -16,14 +16,23 @@ class Oracle:
         self.held: dict[int, int] = {}
         self.stamps = [-1] * num_slots
         self.clock = 0
+        self.ahead: list[int] = []
         self.totals = dict.fromkeys(COUNTERS, 0)
 
-    def step(self, ids: list[int]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    def prefetch(self) -> list[int]:
+        experts = [e for e in range(self.num_experts) if e not in self.held.values()]
+        self.ahead = experts[: self.staging_rows] if len(self.held) == self.num_slots else []
+        self.totals["copied"] += len(self.ahead)
+        return self.ahead
+
+    def step(self, ids: list[int]) -> tuple[list[tuple[int, int]], list[int], dict[int, int]]:
+        """Loads as (expert, slot), experts computed in slots, and each staged expert's place."""
+        ahead, self.ahead = self.ahead, []
         needed = list(dict.fromkeys(i for i in ids if 0 <= i < self.num_experts))
         if not needed:
-            return [], [], []
+            return [], [], {}
         self.clock += 1
-        streaming = len(needed) > self.num_slots and len(needed) > self.num_experts / 2
+        streaming = len(needed) > self.num_slots and len(ids) >= 4 * self.num_experts
         slot_of = {expert: slot for slot, expert in self.held.items()}
         hits = [expert for expert in needed if expert in slot_of]
         loads, staged, evictions = [], [], 0
@@ -42,6 +51,10 @@ class Oracle:
                 staged.append(expert)
         if streaming:
             staged.sort()
+        else:
+            ahead = []
+        rest = [expert for expert in staged if expert not in ahead]
+        places = {expert: (ahead + rest).index(expert) for expert in staged}
         for expert, slot in loads:
             evictions += slot in self.held
             self.held[slot] = expert
@@ -49,12 +62,16 @@ class Oracle:
             if (slot in {s for _, s in loads}) if streaming else (expert in needed):
                 self.stamps[slot] = self.clock
         resident = sorted(expert for expert in self.held.values() if expert in needed)
-        waves = (len(resident) > 0) + -(-len(staged) // self.staging_rows)
+        waves = (len(resident) > 0) + (max(places.values()) // self.staging_rows + 1 if places else 0)
+        copied = len(loads) + len(rest)
         for name, amount in zip(
-            COUNTERS, (1, len(needed), len(hits), len(loads), evictions, len(staged), waves), strict=True
+            COUNTERS, (1, len(needed), len(hits), len(loads), evictions, len(staged), waves, copied), strict=True
         ):
             self.totals[name] += amount
-        return loads, resident, staged
+        return loads, resident, places
+
+
+Run = tuple[tuple[int, int, int], list[tuple[torch.Tensor, bool]]]
 
 
 @st.composite
@@ -64,30 +81,34 @@ def layers(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[tuple[int, int, int], list[torch.Tensor]]:
+def runs(draw: st.DrawFn) -> Run:
+    """Steps of up to nine tokens, or of as many as a prompt has, and whether experts are prefetched before each."""
     layer = draw(layers())
     steps = []
     for _ in range(draw(st.integers(1, 12))):
-        tokens, top_k = draw(st.integers(0, 9)), draw(st.integers(1, 8))
+        top_k = draw(st.integers(1, 8))
+        tokens = draw(st.one_of(st.integers(0, 9), st.just(-(-4 * layer[0] // top_k))))
         # A narrow range makes hits, a wide one brings ids of no expert: padding (-1) and other ranks'.
         low = draw(st.integers(-2, layer[0]))
         ids = st.integers(low, draw(st.integers(low, layer[0] + 2)))
         flat = draw(st.lists(ids, min_size=tokens * top_k, max_size=tokens * top_k))
-        steps.append(torch.tensor(flat, dtype=torch.int32).view(tokens, top_k))
+        steps.append((torch.tensor(flat, dtype=torch.int32).view(tokens, top_k), draw(st.booleans())))
     return layer, steps
 
 
 @given(runs())
 @settings(max_examples=300, deadline=None)
-def test_every_step_equals_the_oracle(run: tuple[tuple[int, int, int], list[torch.Tensor]]) -> None:
+def test_every_step_equals_the_oracle(run: Run) -> None:
     layer, steps = run
     table, oracle = SlotTable(*layer), Oracle(*layer)
-    for ids in steps:
-        plan = table.plan_step(ids)
-        loads, resident, staged = oracle.step(ids.flatten().tolist())
+    for ids, ahead in steps:
+        prefetched = table.prefetch().tolist() if ahead else []
+        assert prefetched == (oracle.prefetch() if ahead else [])
+        plan = table.plan_step(ids, len(prefetched))
+        loads, resident, places = oracle.step(ids.flatten().tolist())
         assert list(zip(plan.load_experts.tolist(), plan.load_slots.tolist(), strict=True)) == loads
         assert plan.resident.tolist() == resident
-        assert plan.staged.tolist() == staged
+        assert list(zip(plan.staged.tolist(), plan.staged_places.tolist(), strict=True)) == list(places.items())
         assert {s: e for s, e in enumerate(table.expert_of_slot.tolist()) if e != EMPTY} == oracle.held
         assert table.stamp_of_slot.tolist() == oracle.stamps
         assert table.counts() == oracle.totals
@@ -95,19 +116,21 @@ def test_every_step_equals_the_oracle(run: tuple[tuple[int, int, int], list[torc
 
 @given(runs())
 @settings(max_examples=300, deadline=None)
-def test_what_must_hold_after_every_step(run: tuple[tuple[int, int, int], list[torch.Tensor]]) -> None:
+def test_what_must_hold_after_every_step(run: Run) -> None:
     (num_experts, num_slots, staging), steps = run
     table = SlotTable(num_experts, num_slots, staging)
     before = table.slot_of_expert.tolist()
-    for ids in steps:
-        plan = table.plan_step(ids)
+    for ids, ahead in steps:
+        prefetched = table.prefetch().tolist() if ahead else []
+        plan = table.plan_step(ids, len(prefetched))
         needed = {i for i in ids.flatten().tolist() if 0 <= i < num_experts}
         resident, staged = plan.resident.tolist(), plan.staged.tolist()
         # The waves partition what is needed, and every resident expert has a slot.
         assert sorted(resident + staged) == sorted(needed)
         assert all(plan.slot_of_expert[expert] >= 0 for expert in resident)
         # What the number of waves in a captured graph relies on.
-        assert len(staged) <= num_experts - num_slots
+        assert max(plan.staged_places.tolist(), default=-1) < num_experts - num_slots
+        assert len(plan.staged_places.unique()) == len(staged)
         # Table and slots are inverses of each other: slots are unique.
         held = {int(e): s for s, e in enumerate(table.expert_of_slot) if e != EMPTY}
         assert held == {e: s for e, s in enumerate(table.slot_of_expert.tolist()) if s != EMPTY}
@@ -116,15 +139,16 @@ def test_what_must_hold_after_every_step(run: tuple[tuple[int, int, int], list[t
         counts = table.counts()
         assert counts["queries"] == counts["hits"] + counts["admitted"] + counts["staged"]
         assert counts["evictions"] <= counts["admitted"]
+        assert counts["admitted"] <= counts["copied"]
         before = table.slot_of_expert.tolist()
 
 
 @given(runs())
 @settings(max_examples=50, deadline=None)
-def test_equal_histories_give_equal_tables(run: tuple[tuple[int, int, int], list[torch.Tensor]]) -> None:
+def test_equal_histories_give_equal_tables(run: Run) -> None:
     layer, steps = run
     first, second = SlotTable(*layer), SlotTable(*layer)
-    for ids in steps:
+    for ids, _ in steps:
         first.plan_step(ids)
         second.plan_step(ids.long())
     for name in ("slot_of_expert", "expert_of_slot", "stamp_of_slot", "clock", "counters"):
@@ -156,7 +180,7 @@ def test_a_streaming_step_leaves_residents_and_their_order_alone() -> None:
     table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
     table.plan_step(ids([4]))
     table.plan_step(ids([1]))
-    plan = table.plan_step(ids([0, 1, 2, 3], [4, 5, 6, 7]))
+    plan = table.plan_step(ids(*[[0, 1, 2, 3], [4, 5, 6, 7]] * 4))
     assert plan.resident.tolist() == [1, 4]
     assert plan.staged.tolist() == [0, 2, 3, 5, 6, 7]
     assert table.expert_of_slot.tolist() == [4, 1]
@@ -167,16 +191,29 @@ def test_a_streaming_step_leaves_residents_and_their_order_alone() -> None:
 def test_a_streaming_step_fills_empty_slots_by_mention_and_stages_by_number() -> None:
     table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
     table.plan_step(ids([4]))
-    plan = table.plan_step(ids([7, 5, 4, 2], [0, 6, 3, 1]))
+    plan = table.plan_step(ids(*[[7, 5, 4, 2], [0, 6, 3, 1]] * 4))
     assert plan.load_experts.tolist() == [7]
     assert plan.staged.tolist() == [0, 1, 2, 3, 5, 6]
 
 
-def test_a_step_that_needs_half_of_the_layer_stages_by_mention() -> None:
+def test_a_batch_that_decodes_is_not_streaming_though_it_needs_all_experts() -> None:
     table = SlotTable(num_experts=8, num_slots=1, staging_rows=3)
-    plan = table.plan_step(ids([7, 5, 2, 3]))
+    table.plan_step(ids([0]))
+    plan = table.plan_step(ids([7, 5, 2, 3], [1, 4, 6, 7]))
     assert plan.load_experts.tolist() == [7]
-    assert plan.staged.tolist() == [5, 2, 3]
+    assert plan.staged.tolist() == [5, 2, 3, 1, 4, 6]
+
+
+def test_prefetched_experts_have_the_first_places() -> None:
+    table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
+    assert table.prefetch().tolist() == [], "a slot is empty"
+    table.plan_step(ids([4, 1]))
+    assert table.prefetch().tolist() == [0, 2, 3]
+    plan = table.plan_step(ids(*[[5, 0, 3, 7]] * 8), prefetched=3)
+    assert plan.staged.tolist() == [0, 3, 5, 7]
+    assert plan.staged_places.tolist() == [0, 2, 3, 4]
+    counts = table.counts()
+    assert (counts["staged"], counts["copied"]) == (4, 2 + 3 + 2)
 
 
 def test_all_tokens_to_one_expert_is_one_query() -> None:
@@ -185,6 +222,7 @@ def test_all_tokens_to_one_expert_is_one_query() -> None:
     assert plan.load_experts.tolist() == [6]
     assert table.counts() == {
         "steps": 1, "queries": 1, "hits": 0, "admitted": 1, "evictions": 0, "staged": 0, "waves": 1,
+        "copied": 1,
     }  # fmt: skip
 
 

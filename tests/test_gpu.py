@@ -66,25 +66,42 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize("v2_runner", ["1", "0"])
-@pytest.mark.parametrize("enforce_eager", [False, True])
+def share_chosen(gaps: list[float]) -> float:
+    """How many tokens are the first choice."""
+    return sum(gap == 0 for gap in gaps) / len(gaps)
+
+
+MODES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    # vLLM's default takes long to start, so that a single cache size stands for it.
+    "compiled": ({}, (4,)),
+    "graphs": ({"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}, (4, 1, 15, 16)),
+    "eager": ({"enforce_eager": True}, (4, 1, 15, 16)),
+}
+
+
+@pytest.mark.parametrize("runner", ["v2", "v1"])
+@pytest.mark.parametrize("mode", MODES)
 def test_tokens_are_those_of_stock_marlin(
-    tiny_int4: Path, in_process: pytest.MonkeyPatch, v2_runner: str, enforce_eager: bool
+    tiny_int4: Path, in_process: pytest.MonkeyPatch, runner: str, mode: str
 ) -> None:
-    in_process.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
-    stock = Engine(tiny_int4, 0, moe_backend="marlin", enforce_eager=enforce_eager)
+    in_process.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "v2")))
+    arguments, cache_sizes = MODES[mode]
+    stock = Engine(tiny_int4, 0, moe_backend="marlin", **arguments)
     wanted = stock.greedy()
     assert len({token for tokens in wanted for token in tokens}) > 30
-    for cache_size in (4, 1, 15, 16):
-        engine = Engine(tiny_int4, cache_size, enforce_eager=enforce_eager)
+    # Decoded one by one and read at once, stock itself comes to other logits: no more is asked of the cache.
+    control = stock.gaps(PROMPTS, wanted) + stock.gaps(PROMPTS * 4, stock.together())
+    assert share_chosen(control) > 0.9
+    for cache_size in cache_sizes:
+        engine = Engine(tiny_int4, cache_size, **arguments)
         before = engine.counters()
         assert not any(before.values()), "warm-up left a trace"
         alone, together = engine.greedy(), engine.together()
         counters = engine.counters()
         for prompts, sequences in ((PROMPTS, alone), (PROMPTS * 4, together)):
             gaps = stock.gaps(prompts, sequences)
-            assert max(gaps) < 0.1
-            assert sum(gap == 0 for gap in gaps) >= 0.97 * len(gaps)
+            assert max(gaps) <= max(0.1, 2 * max(control)), f"{sorted(gaps)[-9:]}, stock: {sorted(control)[-9:]}"
+            assert share_chosen(gaps) >= share_chosen(control) - 0.02
         if cache_size == 16:
             assert alone == wanted
             assert not any(counters.values())

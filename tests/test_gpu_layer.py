@@ -105,3 +105,25 @@ def test_loads_hit_what_was_loaded(checkpoint: Path) -> None:
     for name, field in bank.fields.items():
         for slot, expert in enumerate(experts):
             assert torch.equal(field[slot].cpu(), store.field(name)[expert])
+
+
+@pytest.mark.parametrize(("cache_size", "staging"), [(4, 0), (1, 0), (4, 3), (8, 1)])
+def test_layers_of_a_prompt_prefetch_for_each_other(
+    checkpoint: Path, stock: LoadedModel, cache_size: int, staging: int
+) -> None:
+    cached = LoadedModel(checkpoint, cache_size, **ENGINE, **({"staging_size": staging} if staging else {}))
+    caches = [runner.routed_experts.expert_cache for runner in cached.runners]
+    for seed, tokens in enumerate((300, 1, 400, 400, 2, 333)):
+        steps = [step(tokens, 2 * seed + layer) for layer in range(2)]
+        with cached.forward_pass(tokens):
+            outputs = [
+                runner.forward(hidden.clone(), logits)
+                for runner, (hidden, logits) in zip(cached.runners, steps, strict=True)
+            ]
+        for layer, output in enumerate(outputs):
+            wanted = stock.run(layer, *steps[layer]).float()
+            assert (output.float() - wanted).abs().max() <= wanted.abs().max() * 2**-7
+        prefetched = int(caches[1].table.staged_skip)
+        first_prompt_or_decoding = seed == 0 or tokens < 10
+        assert prefetched == (0 if first_prompt_or_decoding else min(caches[1].staging_bank.rows, 16 - cache_size))
+        assert not int(caches[0].table.staged_skip), "nothing comes before the first layer"

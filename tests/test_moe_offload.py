@@ -125,6 +125,7 @@ def test_counters_follow_the_step_and_reset(qwen3_moe_bf16: Path) -> None:
     record = 3 * 128 * 128 * 2
     assert list(counters.values())[1] == {
         "steps": 4, "queries": 16, "hits": 11, "admitted": 5, "evictions": 1, "staged": 0, "waves": 4,
+        "copied": 5,
         "h2d_bytes": 5 * record,
     }  # fmt: skip
     assert set(next(iter(counters.values())).values()) == {0}

@@ -86,6 +86,7 @@ def test_offloading_of_other_weights_is_allowed(qwen3_moe_bf16: Path) -> None:
         ("parallel_config", "data_parallel_size", 2, "set --data-parallel-size 2 to 1"),
         ("parallel_config", "worker_cls", "some.Worker", "--worker-cls some.Worker replaces the worker"),
         ("model_config", "enable_sleep_mode", True, "remove --enable-sleep-mode"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill gives later layers fewer tokens"),
     ],
 )
 def test_settings_that_vllm_itself_does_not_admit_on_a_cpu(

@@ -18,6 +18,7 @@ from vllm_hlwq.bench.routing import (
     REPEAT,
     REUSE_WITHIN_8,
     STEPS,
+    STRATEGIES,
     LocalityTable,
     locality_trace,
 )
@@ -55,7 +56,13 @@ def test_an_expert_is_reused_within_eight_tokens_as_measured(used: torch.Tensor)
     assert float(reused) == pytest.approx(REUSE_WITHIN_8, abs=0.015)
 
 
-@pytest.mark.parametrize(("slots", "hit_rate"), [(64, 0.92), (32, 0.82), (16, 0.58)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (2, 15), (4, 27), (8, 43), (16, 59)])
+def test_a_batch_names_as_many_experts_as_measured(used: torch.Tensor, tokens: int, experts: int) -> None:
+    late = used[40::10].float().unflatten(1, (-1, tokens)).amax(2)
+    assert float(late.sum(2).mean()) == pytest.approx(experts, rel=0.05)
+
+
+@pytest.mark.parametrize(("slots", "hit_rate"), [(64, 0.96), (32, 0.85), (16, 0.59)])
 def test_a_cache_hits_as_often_as_locality_lets_it(trace: torch.Tensor, slots: int, hit_rate: float) -> None:
     hits = queries = 0
     for row in range(6):
@@ -72,7 +79,7 @@ def test_a_cache_hits_as_often_as_locality_lets_it(trace: torch.Tensor, slots: i
 def test_popularity_has_a_heavy_tail(used: torch.Tensor) -> None:
     share = used.float().mean((0, 1)).sort(descending=True).values / TOP_K
     assert 0.15 < float(share[:8].sum()) < 0.30  # uniform: 0.06
-    assert 0.06 < float(share[-32:].sum()) < 0.16  # uniform: 0.25, yet no expert is dead
+    assert 0.02 < float(share[-32:].sum()) < 0.16  # uniform: 0.25, yet no expert is dead
     assert float(share[-1]) > 0
 
 
@@ -81,7 +88,9 @@ def test_a_prompt_switch_forgets_the_recent_experts(monkeypatch: pytest.MonkeyPa
     trace = locality_trace(EXPERTS, TOP_K, steps=30)
     used = torch.zeros(*trace.shape[:2], EXPERTS, dtype=torch.bool).scatter_(2, trace.long(), True)
     repeated = float((used[1:] & used[:-1]).sum() / used[:-1].sum())
-    by_chance = 0.1  # popular experts are drawn again by the new prompt too
+    # A new prompt draws popular experts again, as often as two prompts that know nothing of each other share one.
+    by_chance = float((used[:, 1:] & used[:, :-1]).sum() / used[:, 1:].sum())
+    assert by_chance < 0.4
     assert repeated == pytest.approx(REPEAT * 3 / 4 + by_chance / 4, abs=0.02)
 
 
@@ -129,7 +138,7 @@ print("vllm_hlwq.bench.routing" in sys.modules)
 os.environ[{ROUTING_VARIABLE!r}] = {MEASURED_LOCALITY!r}
 register()
 from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import RoutingSimulator
-print({MEASURED_LOCALITY!r} in RoutingSimulator.get_available_strategies())
+print({set(STRATEGIES)!r} <= set(RoutingSimulator.get_available_strategies()))
 """
 
 

@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -21,8 +22,21 @@ PACKAGE = Path(__file__).parent.parent / "vllm_hlwq"
 def test_the_installed_vllm_has_it(name: str) -> None:
     found = borrow(name)
     for member in BORROWED[name].members:
-        instance_field = inspect.isclass(found) and member in getattr(found, "__dataclass_fields__", {})
-        assert hasattr(found, member) or instance_field, f"{name}.{member}"
+        of_instances = set(getattr(found, "__dataclass_fields__", {}))
+        if inspect.isclass(found) and not hasattr(found, member):
+            of_instances |= set_on_self(ast.parse(textwrap.dedent(inspect.getsource(found))))
+        assert hasattr(found, member) or member in of_instances, f"{name}.{member}"
+
+
+def set_on_self(tree: ast.AST) -> set[str]:
+    """Names that the code assigns to attributes of ``self``."""
+    targets = [t for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    return {
+        target.attr
+        for target in targets
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
+    }
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +84,7 @@ def members(wheel: zipfile.ZipFile, entry: Borrowed) -> set[str]:
     found = set()
     for inner in statement.body:
         if isinstance(inner, ast.FunctionDef):
-            found.add(inner.name)
+            found |= {inner.name} | set_on_self(inner)
         elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
             found.add(inner.target.id)
         elif isinstance(inner, ast.Assign):

@@ -135,6 +135,7 @@ class DeviceCachedExperts(CachedExperts):
         apply_router_weight_on_input: bool,
         **_: Any,
     ) -> None:
+        context = borrow("get_forward_context")()
         self.cache.step(
             hidden_states,
             topk_weights,
@@ -142,12 +143,13 @@ class DeviceCachedExperts(CachedExperts):
             output,
             self.cache.backend.buffers(workspace13, workspace2, topk_ids.numel()),
             apply_router_weight_on_input,
-            _padding_rows(len(topk_ids)),
+            _padding_rows(context, len(topk_ids)),
             expert_map,
+            context,
         )
 
 
-def _padding_rows(tokens: int) -> torch.Tensor | None:
+def _padding_rows(context: Any, tokens: int) -> torch.Tensor | None:
     """vLLM's mask of rows that only pad the batch to a captured size; None where it keeps none for these rows."""
-    mask = borrow("get_forward_context")().is_padding
+    mask = context.is_padding
     return None if mask is None or len(mask) < tokens else mask[:tokens]

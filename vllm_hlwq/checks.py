@@ -60,6 +60,11 @@ def _refusals(vllm_config: Any) -> list[str]:
         found.append("sleep mode discards expert slots behind the cache's back: remove --enable-sleep-mode")
     if vllm_config.weight_transfer_config is not None:
         found.append("weights cannot be replaced in a running expert cache: remove --weight-transfer-config")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        found.append(
+            "--kv-sharing-fast-prefill gives later layers fewer tokens than earlier ones, which prefetch experts for "
+            "them: remove it"
+        )
     found.extend(_offload_refusals(vllm_config.offload_config))
     if vllm_config.kernel_config.moe_backend != "auto":
         found.append(

@@ -39,7 +39,8 @@ def common_obstacle(moe_config: Any) -> str | None:
 class Buffers:
     """Working memory of one step.
 
-    gate_up: ``T * k * 2 * width`` elements, flat.
+    gate_up: flat; its first ``T * k * 2 * width`` elements are written. It has ``T * k * max(2 * width, hidden)`` or
+        more, because vLLM's Marlin function also makes a view of that size for an output of its own, which is not used.
     activated: at least ``T * k * width`` elements.
     out_rows: ``[T * k, hidden]``, weighted rows of all waves, before the sum over top-k.
     """
@@ -101,11 +102,11 @@ class DeviceBackend(ABC):
         return (rows, self.width), (rows, self.shards * self.width + hidden)
 
     def buffers(self, workspace13: torch.Tensor, workspace2: torch.Tensor, rows: int) -> Buffers:
-        """Cut the workspaces into the buffers of a step of ``rows = T * k``."""
-        flat = workspace2.view(-1)
-        gate_up = rows * self.shards * self.width
+        """Cut the workspaces, or larger ones, into the buffers of a step of ``rows = T * k``."""
         hidden = self.moe_config.hidden_dim
-        return Buffers(flat[:gate_up], workspace13, flat[gate_up : gate_up + rows * hidden].view(rows, hidden))
+        gate_up = rows * self.shards * self.width
+        flat = workspace2.view(-1)[: gate_up + rows * hidden]
+        return Buffers(flat, workspace13, flat[gate_up:].view(rows, hidden))
 
     @abstractmethod
     def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:

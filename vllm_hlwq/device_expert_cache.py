@@ -8,44 +8,17 @@ graph. ``HostExpertCache`` is its counterpart where ids are read on the host.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from .device_backend import Buffers, DeviceBackend
-from .expert_cache import COUNTERS
+from .expert_cache import COUNTERS, is_prompt
 from .gather_kernel import Gather
-from .host_store import HostStore, RecordLayout
-from .plan_kernel import DeviceSlotTable, plan
+from .host_store import HostStore
+from .plan_kernel import DeviceSlotTable, plan, prefetch
+from .staging import Arrival, Staging
 from .wave_blocks import Alignment, blocks_of_waves
 from .weight_bank import WeightBank
-
-
-@dataclass
-class Staging:
-    """Where experts without a slot are computed, shared by all layers of the same shape.
-
-    Several banks, so that one is filled on ``stream`` while another is computed.
-    """
-
-    banks: tuple[WeightBank, ...]
-    gathers: tuple[Gather, ...]
-    stream: torch.cuda.Stream
-
-    @classmethod
-    def allocate(cls, rows: int, banks: int, layout: RecordLayout, device: torch.device) -> Staging:
-        """Make ``banks`` banks of ``rows`` experts each."""
-        made = tuple(WeightBank.allocate(rows, layout, device) for _ in range(banks))
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return cls(made, tuple(Gather(layout, bank) for bank in made), stream)
-
-    @property
-    def rows(self) -> int:
-        return self.banks[0].rows
-
-    @property
-    def nbytes(self) -> int:
-        return sum(bank.nbytes for bank in self.banks)
 
 
 class DeviceExpertCache:
@@ -85,8 +58,10 @@ class DeviceExpertCache:
         self._address = store.device_address
         self.layout_key = store.layout.key()
         device = next(iter(slot_bank.fields.values())).device
+        self._runtime = torch.get_device_module(device)
         self.table = DeviceSlotTable(num_experts, slot_bank.rows, staging.rows, max_tokens, top_k, device)
         self._load_slots = Gather(store.layout, slot_bank)
+        staging.add(self)
         self._staged_rows = torch.arange(num_experts, dtype=torch.int32, device=device) % staging.rows
         self._compile_kernels(self.table, top_k, device)
 
@@ -94,7 +69,9 @@ class DeviceExpertCache:
         """Launch each kernel once in each of its forms: while a graph is captured, nothing can be compiled."""
         nothing = torch.full((1,), -1, dtype=torch.int32, device=device)
         for dtype in (torch.int32, torch.int64):
-            plan(table, torch.full((1, top_k), -1, dtype=dtype, device=device))
+            for prefetched in (False, True):
+                plan(table, torch.full((1, top_k), -1, dtype=dtype, device=device), prefetched=prefetched)
+        prefetch(table)
         for waves in (1, table.num_waves):
             blocks_of_waves(Alignment(nothing, nothing, nothing, 1), table.wave_rows[:waves])
         self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
@@ -110,6 +87,7 @@ class DeviceExpertCache:
         weights_on_input: bool,
         is_padding: torch.Tensor | None,
         expert_map: torch.Tensor | None,
+        forward: object | None = None,
     ) -> None:
         """Enqueue all experts that a step names; none is ever left out.
 
@@ -122,6 +100,7 @@ class DeviceExpertCache:
             weights_on_input: whether the weights multiply the input.
             is_padding: bool ``[T]``, rows that need no expert; None if there are none.
             expert_map: int32, global to local ids under expert parallelism.
+            forward: an object for each forward pass, the same for its layers: they may then prefetch for each other.
         """
         if self.table is None:
             ids = topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
@@ -129,15 +108,35 @@ class DeviceExpertCache:
             alignment = self.backend.align(ids, self.num_experts)
             waves = iter([(self.slot_bank, alignment)])
         else:
-            plan(self.table, topk_ids, is_padding, expert_map)
+            arrival = self._arrival(topk_ids.numel(), forward)
+            plan(self.table, topk_ids, is_padding, expert_map, prefetched=arrival is not None)
             ids = self.table.ids[: len(topk_ids)]
             alignment = self.backend.align(ids, self.num_experts)
-            waves = self._waves(alignment, topk_ids.numel())
+            waves = self._waves(alignment, topk_ids.numel(), forward, arrival)
         for bank, blocks in waves:
             self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
         self.backend.combine(buffers.out_rows, ids, output)
 
-    def _waves(self, alignment: Alignment, pairs: int) -> Iterator[tuple[WeightBank, Alignment]]:
+    def _arrival(self, pairs: int, forward: object | None) -> Arrival | None:
+        """What the layer before has prefetched for this step of ``pairs`` = T * k, if it did."""
+        assert self.staging_bank is not None
+        if forward is None:
+            return None
+        self.staging_bank.enter(self, forward)
+        return self.staging_bank.take(self, forward) if self._overlaps(pairs) else None
+
+    def _overlaps(self, pairs: int) -> bool:
+        """Whether layers prefetch for each other in a step of ``pairs``.
+
+        Not in a capture: a graph may hold a single layer, and what it copies must be there when the graph ends.
+        """
+        if not is_prompt(pairs, self.num_experts):
+            return False
+        return self._runtime is not torch.cuda or not torch.cuda.is_current_stream_capturing()
+
+    def _waves(
+        self, alignment: Alignment, pairs: int, forward: object | None, arrival: Arrival | None
+    ) -> Iterator[tuple[WeightBank, Alignment]]:
         """Enqueue the step's loads; give out bank and blocks of each wave, to be computed before the next is asked for.
 
         How many waves there are follows from shapes alone: one if all ``pairs`` of (token, k) could name another expert
@@ -151,30 +150,44 @@ class DeviceExpertCache:
             self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
             yield self.slot_bank, blocks[0]
             return
+        next_layer = staging.successor(self) if forward is not None and self._overlaps(pairs) else None
+        if next_layer is not None:
+            assert next_layer.table is not None
+            prefetch(next_layer.table)
+        staged_waves = table.num_waves - 1
+        first_bank = 0 if arrival is None else arrival.bank
+        last_load = staged_waves if next_layer is None else staged_waves + 1
 
-        def load(wave: int) -> torch.cuda.Event:
-            with torch.cuda.stream(staging.stream):
-                if wave == 0:
-                    self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
-                else:
-                    gather = staging.gathers[(wave - 1) % len(staging.banks)]
-                    first = (wave - 1) * staging.rows
-                    gather(self._address, table.staged_experts, self._staged_rows, table.staged_count, first)
-                event: torch.cuda.Event = staging.stream.record_event()
-                return event
+        def bank(load: int) -> int:
+            return (first_bank + load - 1) % len(staging.banks)
 
-        compute = torch.cuda.current_stream()
+        def enqueue(load: int) -> torch.cuda.Event | None:
+            gather = staging.gathers[bank(load)]
+            with self._runtime.stream(staging.stream):
+                if load <= staged_waves:
+                    first = (load - 1) * staging.rows
+                    lists = (table.staged_experts, self._staged_rows, table.staged_count)
+                    gather(self._address, *lists, first, table.staged_skip)
+                elif next_layer is not None and next_layer.table is not None:
+                    lists = (next_layer.table.prefetch_experts, self._staged_rows, next_layer.table.prefetch_count)
+                    gather(next_layer._address, *lists)
+                return staging.stream.record_event()
+
+        compute = self._runtime.current_stream()
         # Also waits for the layers before, which read the staging banks.
         staging.stream.wait_stream(compute)
         ahead = len(staging.banks)
-        loaded = [load(wave) for wave in range(min(table.num_waves, 1 + ahead))]
-        for wave in range(table.num_waves):
+        loaded = {load: enqueue(load) for load in range(1, min(last_load, ahead) + 1)}
+        self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
+        yield self.slot_bank, blocks[0]
+        for wave in range(1, table.num_waves):
             compute.wait_event(loaded[wave])
-            bank = staging.banks[(wave - 1) % ahead] if wave else self.slot_bank
-            yield bank, blocks[wave]
-            if wave and wave + ahead < table.num_waves:
+            yield staging.banks[bank(wave)], blocks[wave]
+            if wave + ahead <= last_load:
                 staging.stream.wait_stream(compute)
-                loaded.append(load(wave + ahead))
+                loaded[wave + ahead] = enqueue(wave + ahead)
+        if next_layer is not None:
+            staging.announce(next_layer, forward, bank(last_load))
 
     def reset(self) -> None:
         """Forget residency and counts: what warm-up loaded must leave no trace."""
@@ -184,7 +197,7 @@ class DeviceExpertCache:
     def counts(self) -> dict[str, int]:
         """Counters by name, with ``h2d_bytes`` copied to the device; waits for the device. All zero without a table."""
         counts = dict.fromkeys(COUNTERS, 0) if self.table is None else self.table.counts()
-        counts["h2d_bytes"] = (counts["admitted"] + counts["staged"]) * self.record_bytes
+        counts["h2d_bytes"] = counts["copied"] * self.record_bytes
         return counts
 
     def weight_views(self) -> tuple[torch.Tensor, torch.Tensor]:

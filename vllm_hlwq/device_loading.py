@@ -11,18 +11,21 @@ from collections.abc import Iterator
 
 import torch
 
+from .cudart import PageLocker
 from .device_backend import DeviceBackend
-from .device_expert_cache import DeviceExpertCache, Staging
+from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .host_store import HostStore, RecordLayout
 from .options import flag
+from .pinned_memory import logger
+from .sizing import STAGING_BANKS, BankSizes
+from .staging import Staging
 from .weight_bank import WeightBank
 
 CHUNK_BYTES = 64 * 2**20
-"""Raw bytes that are converted at a time; the conversion needs about four times as much for a moment."""
-STAGING_SHARE = 1 / 16
-"""Of the device's memory, for staging by default: 1.5 GiB on a 24 GiB card, where a layer of experts is 0.4 GB."""
-STAGING_BANKS = 2
+"""Raw bytes that are converted at a time."""
+CONVERSION_FACTOR = 4
+"""A conversion needs about this many times its raw bytes for a moment."""
 
 
 def converted_chunks(
@@ -31,8 +34,9 @@ def converted_chunks(
     """First expert and kernel-layout fields ``[chunk, ...]`` of each chunk of a layer, on the device."""
     step = max(1, CHUNK_BYTES // raw.layout.record_bytes)
     for start in range(0, raw.num_experts, step):
-        chunk = {name: raw.field(name)[start : start + step].to(device) for name in raw.layout}
-        yield start, backend.convert(chunk)
+        # One copy of whole records, which needs no work of the processor.
+        chunk = raw.layout.views(raw.records[start : start + step].to(device))
+        yield start, backend.convert({name: field.contiguous() for name, field in chunk.items()})
 
 
 def kernel_layout(raw: HostStore, backend: DeviceBackend, device: torch.device) -> RecordLayout:
@@ -43,20 +47,39 @@ def kernel_layout(raw: HostStore, backend: DeviceBackend, device: torch.device) 
     return RecordLayout({name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in one.items()})
 
 
-def convert_store(raw: HostStore, layout: RecordLayout, backend: DeviceBackend, device: torch.device) -> HostStore:
-    """A layer's experts in the kernels' layout, in page-locked memory.
+def convert_store(
+    raw: HostStore,
+    layout: RecordLayout,
+    backend: DeviceBackend,
+    device: torch.device,
+    runtime: PageLocker | None = None,
+) -> HostStore:
+    """A layer's experts in the kernels' layout, in page-locked memory: where they were loaded, if they fit there.
+
+    Args:
+        raw: the experts as loaded; not to be used any more.
+        layout: of the kernels.
+        backend: converts.
+        device: where it converts.
+        runtime: page-locks; by default the CUDA runtime of this process.
 
     Raises:
         ExpertCacheError: the memory cannot be mapped or page-locked.
     """
     if not backend.converts:
-        raw.page_lock()
+        raw.page_lock(runtime)
         return raw
-    store = HostStore(raw.num_experts, layout, device)
-    store.page_lock()
+    in_place = layout.record_bytes == raw.layout.record_bytes
+    store = raw if in_place else HostStore(raw.num_experts, layout, device)
+    store.page_lock(runtime)
     for start, fields in converted_chunks(raw, backend, device):
-        for name, tensor in fields.items():
-            store.field(name)[start : start + len(tensor)].copy_(tensor)
+        count = len(next(iter(fields.values())))
+        records = torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
+        for name, part in layout.views(records).items():
+            part.copy_(fields[name])
+        store.records[start : start + count].copy_(records)
+    if in_place:
+        store.relabel(layout)
     return store
 
 
@@ -67,17 +90,6 @@ def resident_bank(raw: HostStore, layout: RecordLayout, backend: DeviceBackend, 
         for name, tensor in fields.items():
             bank.fields[name][start : start + len(tensor)] = tensor
     return bank
-
-
-def staging_rows(num_experts: int, num_slots: int, top_k: int, record_bytes: int, device_bytes: int) -> int:
-    """Experts that each staging bank holds by default.
-
-    All that can be without a slot, so that a step has at most one staged wave, as far as ``STAGING_SHARE`` of the
-    device's memory goes; but no fewer than a token may name, so that a small step needs few waves.
-    """
-    wanted = num_experts - num_slots
-    affordable = int(device_bytes * STAGING_SHARE) // (STAGING_BANKS * record_bytes)
-    return min(wanted, max(affordable, top_k))
 
 
 def load_cache(
@@ -107,31 +119,74 @@ def load_cache(
     Raises:
         ExpertCacheError: the device has no room for the banks, or the host none for the experts.
     """
-    layout = kernel_layout(raw, backend, device)
+    _, device_bytes = torch.cuda.mem_get_info(device)
+
+    def sizes_of(record_bytes: int) -> BankSizes:
+        # Layers that are not made yet are taken to be like this one.
+        records = [other.record_bytes for other in others] + [record_bytes] * (num_layers - len(others))
+        return BankSizes(tuple(records), raw.num_experts, top_k, device_bytes, staging_size)
+
+    sizes = sizes_of(raw.layout.record_bytes)
     try:
-        if num_slots == raw.num_experts:
-            bank = resident_bank(raw, layout, backend, device)
-            return DeviceExpertCache(None, bank, None, backend, raw.num_experts, top_k, max_tokens)
-        staging = next((o.staging_bank for o in others if o.staging_bank and o.layout_key == layout.key()), None)
-        if staging is None:
-            _, device_bytes = torch.cuda.mem_get_info(device)
-            rows = staging_size or staging_rows(raw.num_experts, num_slots, top_k, layout.record_bytes, device_bytes)
-            staging = Staging.allocate(min(rows, raw.num_experts - num_slots), STAGING_BANKS, layout, device)
-        bank = WeightBank.allocate(num_slots, layout, device)
-    except torch.cuda.OutOfMemoryError:
-        raise _out_of_memory(layout.record_bytes, num_slots, num_layers, others, device) from None
-    store = convert_store(raw, layout, backend, device)
-    return DeviceExpertCache(store, bank, staging, backend, raw.num_experts, top_k, max_tokens)
-
-
-def _out_of_memory(
-    record_bytes: int, num_slots: int, num_layers: int, others: list[DeviceExpertCache], device: torch.device
-) -> ExpertCacheError:
+        layout = kernel_layout(raw, backend, device)
+        sizes = sizes_of(layout.record_bytes)
+        rows = sizes.staging_rows(num_slots, layout.record_bytes)
+        store, bank, staging = _load_banks(raw, layout, backend, num_slots, rows, others, device)
+        return DeviceExpertCache(store, bank, staging, backend, raw.num_experts, top_k, max_tokens)
+    except torch.cuda.OutOfMemoryError as error:
+        logger.debug("Expert cache: %s", str(error))
+    # Only here the error is gone, and with it what had been made of this layer's banks.
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    taken = sum(other.slot_bank.nbytes for other in others)
-    fits = (free + taken) // (num_layers * record_bytes)
-    return ExpertCacheError(
-        f"{flag('cache_size')} {num_slots}: {num_layers} layers x {num_slots} slots x {record_bytes} bytes = "
-        f"{num_layers * num_slots * record_bytes} bytes do not fit the device, where {free + taken} bytes are free "
-        f"beside the other weights; the largest number that fits, before the KV cache, is {fits}"
+    raise ExpertCacheError(out_of_memory(sizes, num_slots, free + taken_bytes(others), conversion_bytes(raw)))
+
+
+def _load_banks(
+    raw: HostStore,
+    layout: RecordLayout,
+    backend: DeviceBackend,
+    num_slots: int,
+    staging_rows: int,
+    others: list[DeviceExpertCache],
+    device: torch.device,
+) -> tuple[HostStore | None, WeightBank, Staging | None]:
+    """Host store, slots and staging of a layer; only slots, with all experts in them, if there is one for each."""
+    if num_slots == raw.num_experts:
+        return None, resident_bank(raw, layout, backend, device), None
+    staging = next((o.staging_bank for o in others if o.staging_bank and o.layout_key == layout.key()), None)
+    if staging is None:
+        staging = Staging.allocate(staging_rows, STAGING_BANKS, layout, device)
+    bank = WeightBank.allocate(num_slots, layout, device)
+    return convert_store(raw, layout, backend, device), bank, staging
+
+
+def conversion_bytes(raw: HostStore) -> int:
+    """Device memory that the conversion of a layer needs for a moment, beside its banks."""
+    return CONVERSION_FACTOR * min(raw.nbytes, max(CHUNK_BYTES, raw.layout.record_bytes))
+
+
+def taken_bytes(caches: list[DeviceExpertCache]) -> int:
+    """Bytes of all banks of some layers' caches, each staging bank once."""
+    staging = {id(cache.staging_bank): cache.staging_bank for cache in caches if cache.staging_bank is not None}
+    return sum(cache.slot_bank.nbytes for cache in caches) + sum(bank.nbytes for bank in staging.values())
+
+
+def out_of_memory(sizes: BankSizes, num_slots: int, available: int, conversion: int) -> str:
+    """Say in one line what does not fit.
+
+    Args:
+        sizes: of all layers' banks.
+        num_slots: as asked for.
+        available: bytes that are free, or taken by banks made already.
+        conversion: bytes that converting a layer needs for a moment beside the banks.
+    """
+    # What has just failed to fit is not proposed, though fragments that no one can use may make it seem to fit.
+    most = sizes.most_slots(available - conversion, but=num_slots)
+    remedy = f"the largest number that fits, before the KV cache, is {most}"
+    if not most:
+        remedy = f"not even 1 fits: lower {flag('staging_size')} or take a GPU with more memory"
+    return (
+        f"{flag('cache_size')} {num_slots}: {sizes.slot_bytes(num_slots)} bytes of {num_slots} slots in each of "
+        f"{len(sizes.records)} layers, {sizes.staging_bytes(num_slots)} of staging and about {conversion} to convert a "
+        f"layer do not fit the device, where {available} bytes are free beside the other weights; {remedy}"
     )

@@ -7,10 +7,11 @@ A step needs the distinct experts named in its ``topk_ids``. Those in a slot are
 miss is either *admitted* (copied into a slot, evicting the least recently used expert that this step does not need) or
 *staged* (computed in the staging bank and forgotten). No needed expert is ever left out.
 
-A step is *streaming* when its experts exceed the slots and are most of the layer, as in the prefill of a long prompt.
-It admits into empty slots only and refreshes no stamp, so that a prompt does not flush what decoding needs. Its staged
-experts come in ascending order: if the step needs all that are not resident, as long prompts do, the place of each is
-known before the step.
+A step is *streaming* when its experts exceed the slots and its tokens mention each expert several times, as the prefill
+of a long prompt does. It admits into empty slots only and refreshes no stamp, so that a prompt does not flush what
+decoding needs. Its staged experts come in ascending order. Before such a step the first experts without a slot can be
+copied into the staging bank unasked (``prefetch``): a long prompt needs nearly all of them, and the copy can begin
+before the layer's router has spoken.
 """
 
 from __future__ import annotations
@@ -22,8 +23,19 @@ import torch
 EMPTY = -1
 """Marks an expert without a slot and a slot without an expert."""
 
-COUNTERS = ("steps", "queries", "hits", "admitted", "evictions", "staged", "waves")
-"""What a layer counts. ``queries`` are distinct experts per step: queries = hits + admitted + staged."""
+COUNTERS = ("steps", "queries", "hits", "admitted", "evictions", "staged", "waves", "copied")
+"""What a layer counts. ``queries`` are distinct experts per step: queries = hits + admitted + staged. ``copied`` ones
+moved to the device: those admitted and staged, and those prefetched whether needed or not."""
+
+MENTIONS_OF_A_PROMPT = 4
+"""Mentions per expert of the layer from which on a step is taken for a prompt. Tokens that mention each of 128 experts
+four times on average leave 2 % of them unused if they choose evenly, some more in practice. Decoding a batch that large
+needs as good as all experts too, so that nothing is lost by a resident set that stays."""
+
+
+def is_prompt(mentions: int, num_experts: int) -> bool:
+    """Whether a step of ``mentions`` = T * k pairs of (token, k) is taken for the prefill of a long prompt."""
+    return mentions >= MENTIONS_OF_A_PROMPT * num_experts
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class StepPlan:
         resident: int64 [R], needed experts that are computed in the slot bank, ascending.
         staged: int64 [S], needed experts that are computed in the staging bank, in order of first use;
             ascending in a streaming step.
+        staged_places: int64 [S], the place of each: it is computed in staged wave ``place // staging_rows`` from row
+            ``place % staging_rows``. 0, 1, 2 ... unless experts were prefetched: those have the first places.
     """
 
     load_experts: torch.Tensor
@@ -44,6 +58,7 @@ class StepPlan:
     slot_of_expert: torch.Tensor
     resident: torch.Tensor
     staged: torch.Tensor
+    staged_places: torch.Tensor
 
 
 class SlotState:
@@ -101,17 +116,32 @@ class SlotState:
 class SlotTable(SlotState):
     """The state of a layer's slots on the CPU, and the planner that moves it from step to step."""
 
-    def plan_step(self, expert_ids: torch.Tensor) -> StepPlan:
+    def prefetch(self) -> torch.Tensor:
+        """Experts to copy into rows 0, 1, 2 ... of the staging bank before a step that is expected to need all.
+
+        Returns:
+            int64 [R], the first ``staging_rows`` experts without a slot, ascending; none as long as a slot is empty,
+            since then it is for the step to say who gets it.
+        """
+        absent = torch.nonzero(self.slot_of_expert < 0).flatten()
+        full = len(absent) == self.num_experts - self.num_slots
+        experts = absent[: self.staging_rows if full else 0]
+        self.counters[COUNTERS.index("copied")] += len(experts)
+        return experts
+
+    def plan_step(self, expert_ids: torch.Tensor, prefetched: int = 0) -> StepPlan:
         """Decide one step and update the table as if its loads were done.
 
         Args:
             expert_ids: integer tensor of any shape on the CPU, one expert per (token, k). Ids below 0 or at or
                 above ``num_experts`` name no expert of this rank and are passed over.
+            prefetched: how many experts ``prefetch`` has named since the step before, if they lie in the staging bank.
         """
         first_use = self._first_use(expert_ids)
         needed = first_use < expert_ids.numel()
         num_needed = int(needed.sum())
-        streaming = num_needed > self.num_slots and 2 * num_needed > self.num_experts
+        streaming = num_needed > self.num_slots and is_prompt(expert_ids.numel(), self.num_experts)
+        rank_without_slot = torch.cumsum(self.slot_of_expert < 0, 0) - 1
 
         hit = needed & (self.slot_of_expert >= 0)
         missing = torch.nonzero(needed & ~hit).flatten()
@@ -126,8 +156,12 @@ class SlotTable(SlotState):
 
         admitted = min(len(missing), len(victims))
         load_experts, load_slots, staged = missing[:admitted], victims[:admitted], missing[admitted:]
+        places, ahead = torch.arange(len(staged)), 0
         if streaming:
             staged = staged.sort().values
+            rank = rank_without_slot[staged]
+            ahead = int((rank < prefetched).sum())
+            places = torch.where(rank < prefetched, rank, prefetched + places - ahead)
         evicted = self.expert_of_slot[load_slots]
         evicted = evicted[evicted >= 0].long()
         self.slot_of_expert[evicted] = EMPTY
@@ -140,10 +174,12 @@ class SlotTable(SlotState):
         refreshed = load_slots if streaming else self.slot_of_expert[resident].long()
         self.stamp_of_slot[refreshed] = self.clock
 
-        waves = int(len(resident) > 0) + -(-len(staged) // max(1, self.staging_rows))
-        step = (int(num_needed > 0), num_needed, int(hit.sum()), admitted, len(evicted), len(staged), waves)
+        last_place = int(places[-1]) if len(places) else -1
+        waves = int(len(resident) > 0) + -(-(last_place + 1) // max(1, self.staging_rows))
+        copied = admitted + len(staged) - ahead
+        step = (int(num_needed > 0), num_needed, int(hit.sum()), admitted, len(evicted), len(staged), waves, copied)
         self.counters += torch.tensor(step, dtype=torch.int64)
-        return StepPlan(load_experts, load_slots, self.slot_of_expert.clone(), resident, staged)
+        return StepPlan(load_experts, load_slots, self.slot_of_expert.clone(), resident, staged, places)
 
     def _first_use(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """Position of each expert's first mention in row-major order, int64 [E]; ``numel`` if it is not mentioned.

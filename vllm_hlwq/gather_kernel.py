@@ -31,21 +31,23 @@ tensor scales of FP8 and NVFP4 experts (4 bytes an expert) are such fields, too 
 
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
-        "store_address", "record_bytes", "chunk_table", "chunks", "bank_rows", "experts", "rows", "count", "first",
+        "store_address", "record_bytes", "chunk_table", "chunks", "bank_rows", "experts", "rows", "count", "skip",
+        "first",
     ]
 )  # fmt: skip
 def gather_chunks(  # type: ignore[no-untyped-def]
-    store_address, record_bytes, chunk_table, chunks, bank_rows, experts, rows, count, first,
+    store_address, record_bytes, chunk_table, chunks, bank_rows, experts, rows, count, skip, first,
     CHUNK: tl.constexpr, READ_CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Copy entries ``first .. min(count, first + bank_rows)``, chunk by chunk.
+    """Copy entries ``max(first, skip) .. min(count, first + bank_rows)``, chunk by chunk.
 
     ``chunk_table`` is what ``chunks_of_a_record`` returns. No argument is specialised on its value or alignment: one
     compiled kernel serves every layout, bank and list, so none has to be compiled while a graph is captured.
     """
-    items = (tl.minimum(tl.load(count), first + bank_rows) - first) * chunks
+    begin = tl.maximum(tl.load(skip), first)
+    items = (tl.minimum(tl.load(count), first + bank_rows) - begin) * chunks
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        entry = first + item // chunks
+        entry = begin + item // chunks
         chunk = chunk_table + (item % chunks) * 4
         expert = tl.load(experts + entry).to(tl.int64)
         row = tl.load(rows + entry).to(tl.int64)
@@ -131,11 +133,18 @@ class Gather:
         self.programs, self.chunk_bytes, self.warps, self.read_cache = programs, chunk_bytes, warps, read_cache
         device = next(iter(bank.fields.values())).device
         self.chunk_table = chunks_of_a_record(layout, bank, chunk_bytes).to(device)
+        self._no_skip = torch.zeros(1, dtype=torch.int32, device=device)
 
     def __call__(
-        self, store_address: int, experts: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, first: int = 0
+        self,
+        store_address: int,
+        experts: torch.Tensor,
+        rows: torch.Tensor,
+        count: torch.Tensor,
+        first: int = 0,
+        skip: torch.Tensor | None = None,
     ) -> None:
-        """Copy entries ``first .. min(count, first + bank.rows)`` of a list, on the current stream.
+        """Copy entries ``max(first, skip) .. min(count, first + bank.rows)`` of a list, on the current stream.
 
         All tensors lie on the bank's device and are read when the kernel runs.
 
@@ -145,6 +154,7 @@ class Gather:
             rows: int32 [L], the bank row of each, distinct among the entries copied.
             count: int32 [1], entries of the list that are to be loaded by all calls together.
             first: the first entry this call copies.
+            skip: int32 [1], entries at the list's beginning that are there already; None if there are none.
         """
         gather_chunks[(self.programs,)](
             store_address,
@@ -155,6 +165,7 @@ class Gather:
             experts,
             rows,
             count,
+            self._no_skip if skip is None else skip,
             first,
             CHUNK=self.chunk_bytes,
             READ_CACHE=self.read_cache,

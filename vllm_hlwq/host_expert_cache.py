@@ -107,7 +107,7 @@ class HostExpertCache:
     def counts(self) -> dict[str, int]:
         """Counters by name, with ``h2d_bytes`` copied to the device; all zero when every expert is resident."""
         counts = self.table.counts() if self.table is not None else dict.fromkeys(SlotTable(1, 1, 0).counts(), 0)
-        counts["h2d_bytes"] = (counts["admitted"] + counts["staged"]) * self.record_bytes
+        counts["h2d_bytes"] = counts["copied"] * self.record_bytes
         return counts
 
     def weight_views(self) -> tuple[torch.Tensor, torch.Tensor]:

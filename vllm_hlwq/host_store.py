@@ -60,6 +60,15 @@ class RecordLayout(Mapping[str, Field]):
     def __len__(self) -> int:
         return len(self._fields)
 
+    def views(self, records: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The fields of records, as strided views ``[n, *shape]`` of uint8 ``[n, record_bytes]``."""
+        return {
+            name: records[:, field.offset : field.offset + field.nbytes]
+            .view(field.dtype)
+            .view(len(records), *field.shape)
+            for name, field in self._fields.items()
+        }
+
     def key(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
         """Hashable identity: layers with equal keys can share a staging bank."""
         return tuple((name, field.shape, field.dtype) for name, field in self._fields.items())
@@ -69,6 +78,9 @@ class HostStore:
     """All experts of one layer as ``num_experts`` records in host memory.
 
     The memory is zero until written, and returned to the system when the last tensor over it is gone.
+
+    Attributes:
+        records: uint8 ``[num_experts, record_bytes]``.
     """
 
     def __init__(self, num_experts: int, layout: RecordLayout, device: torch.device | None = None) -> None:
@@ -93,7 +105,7 @@ class HostStore:
                 f"host memory for {num_experts} experts ({self.nbytes} bytes) could not be mapped: {error}; "
                 "free memory or serve a smaller model"
             ) from None
-        self._bytes = torch.frombuffer(self._region.buffer, dtype=torch.uint8).view(num_experts, layout.record_bytes)
+        self.records = torch.frombuffer(self._region.buffer, dtype=torch.uint8).view(num_experts, layout.record_bytes)
 
     @property
     def address(self) -> int:
@@ -102,9 +114,13 @@ class HostStore:
 
     def field(self, name: str) -> torch.Tensor:
         """View of one field of all experts, ``[num_experts, *shape]``; the expert dimension is strided."""
-        field = self.layout[name]
-        part = self._bytes[:, field.offset : field.offset + field.nbytes].view(field.dtype)
-        return part.view(self.num_experts, *field.shape)
+        return self.layout.views(self.records)[name]
+
+    def relabel(self, layout: RecordLayout) -> None:
+        """Take the records for records of another layout of the same size, once they have been rewritten."""
+        if layout.record_bytes != self.layout.record_bytes:
+            raise ValueError(f"records of {self.layout.record_bytes} bytes cannot hold {layout.record_bytes}")
+        self.layout = layout
 
     def page_lock(self, runtime: PageLocker | None = None) -> None:
         """Register the region with CUDA until the store is gone or the process exits.

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from .expert_cache import SlotState
-from .plan_triton import plan_kernel
+from .plan_triton import plan_kernel, prefetch_kernel
 
 MAX_EXPERTS = 1023
 """vLLM's ``moe_align_block_size`` handles fewer than 1024 experts."""
@@ -36,6 +36,7 @@ class DeviceSlotTable(SlotState):
     are always enough: with h hits among n needed experts, a step that is not streaming has N - h usable slots for n - h
     misses and stages max(0, n - N) <= E - N of them. A streaming step needs n > N experts, so it has more misses than
     empty slots (N - empty >= h), fills every empty slot, and stages only experts outside N full slots: E - N or fewer.
+    Prefetched experts are outside N full slots too, so that the places of all together are E - N or fewer.
 
     Attributes:
         slot_by_age: int32 [N], slots by (stamp, slot), the next victim first. Follows from ``stamp_of_slot``.
@@ -45,8 +46,12 @@ class DeviceSlotTable(SlotState):
         load_slots: int32 [N], the slot of each of them.
         load_count: int32 [1], how many of these entries the step wrote.
         staged_experts: int32 [E], experts for the staging bank, in order of first use; ascending in a streaming step.
-            Expert i of them is computed in wave 1 + i // staging_rows from row i % staging_rows.
-        staged_count: int32 [1].
+            Expert i of them is computed in wave 1 + i // staging_rows from row i % staging_rows. Entries below
+            ``staged_skip`` are what was prefetched, and unspecified where the step does not need it.
+        staged_skip: int32 [1], how many of these entries were prefetched.
+        staged_count: int32 [1], where the list ends.
+        prefetch_experts: int32 [E], what ``prefetch`` named: experts for rows 0, 1, 2 ... of the staging bank.
+        prefetch_count: int32 [1].
         wave_rows: int32 [num_waves, E], the bank row of each expert that the step needs and computes in a wave, -1 for
             all others. Wave 0 reads the slot bank (row = slot), the others the staging bank.
     """
@@ -94,7 +99,8 @@ class DeviceSlotTable(SlotState):
         self.num_waves = 1 + triton.cdiv(num_experts - num_slots, staging_rows)
         self.ids = int32(max_tokens, top_k)
         self.load_experts, self.load_slots, self.load_count = int32(num_slots), int32(num_slots), int32(1)
-        self.staged_experts, self.staged_count = int32(num_experts), int32(1)
+        self.staged_experts, self.staged_skip, self.staged_count = int32(num_experts), int32(1), int32(1)
+        self.prefetch_experts, self.prefetch_count = int32(num_experts), int32(1)
         self.wave_rows = int32(self.num_waves, num_experts)
         self._first_use, self._rank_of_miss = int32(num_experts), int32(num_experts)
         # Stand in for arguments that a step does not have: None would be another compilation.
@@ -112,10 +118,12 @@ def plan(
     topk_ids: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
+    prefetched: bool = False,
 ) -> None:
     """Decide one step: ``SlotTable.plan_step`` on the device, state and outcome in ``table``. Only enqueues.
 
-    Compiles on first use, once for int32 and once for int64 ids: call it before anything is captured.
+    Compiles on first use, once for int32 and once for int64 ids, with and without ``prefetched``: call it before
+    anything is captured.
 
     Args:
         table: the layer's table.
@@ -124,6 +132,7 @@ def plan(
         is_padding: bool [T], contiguous; True for rows that only pad the batch and need no expert.
         expert_map: int32 [global experts], contiguous; global id to local id or -1 (expert parallelism). None if
             ``topk_ids`` are local.
+        prefetched: whether what ``prefetch`` named since the step before lies, or will lie, in the staging bank.
 
     Raises:
         ValueError: an argument's shape, dtype or layout is not the one above.
@@ -169,6 +178,8 @@ def plan(
         table.wave_rows,
         table._first_use,
         table._rank_of_miss,
+        table.prefetch_count,
+        table.staged_skip,
         E=table.num_experts,
         N=table.num_slots,
         K=table.top_k,
@@ -178,6 +189,22 @@ def plan(
         BLOCK_N=triton.next_power_of_2(table.num_slots),
         FIRST_BLOCK=_FIRST_BLOCK,
         LONG_BLOCK=_LONG_BLOCK,
+        PREFETCHED=prefetched,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def prefetch(table: DeviceSlotTable) -> None:
+    """Name experts to copy before a step that is expected to need all: ``SlotTable.prefetch``. Only enqueues."""
+    prefetch_kernel[(1,)](
+        table.slot_of_expert,
+        table.counters,
+        table.prefetch_experts,
+        table.prefetch_count,
+        E=table.num_experts,
+        N=table.num_slots,
+        STAGING_ROWS=table.staging_rows,
+        BLOCK_E=triton.next_power_of_2(table.num_experts),
         num_warps=_NUM_WARPS,
     )
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expert_cache import COUNTERS, EMPTY
+from .expert_cache import COUNTERS, EMPTY, MENTIONS_OF_A_PROMPT
 
 _EMPTY = tl.constexpr(EMPTY)
 _NEVER = tl.constexpr(2**31 - 1)  # first use of an expert that no token names; above any position
 _NUM_COUNTERS = tl.constexpr(len(COUNTERS))
+_COPIED = tl.constexpr(COUNTERS.index("copied"))
+_MENTIONS_OF_A_PROMPT = tl.constexpr(MENTIONS_OF_A_PROMPT)
 
 
 @triton.jit
@@ -67,13 +69,15 @@ def plan_kernel(
     topk_ids, is_padding, expert_map, num_tokens, row_stride, column_stride, masked_rows, map_size,
     slot_of_expert, expert_of_slot, stamp_of_slot, slot_by_age, clock, counters,
     ids, load_experts, load_slots, load_count, staged_experts, staged_count, wave_rows,
-    first_use, rank_of_miss,
+    first_use, rank_of_miss, prefetch_count, staged_skip,
     E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGING_ROWS: tl.constexpr, WAVES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, FIRST_BLOCK: tl.constexpr, LONG_BLOCK: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):  # fmt: skip
-    """One step. A barrier stands wherever a thread reads what another wrote, or overwrites what another may yet read.
+    """One step; ``PREFETCHED`` if the experts that ``prefetch_kernel`` named lie in the staging bank.
 
-    The latter includes scalars: every thread loads them, one stores them.
+    A barrier stands wherever a thread reads what another wrote, or overwrites what another may yet read. The latter
+    includes scalars: every thread loads them, one stores them.
     """
     end = num_tokens * K
     e = tl.arange(0, BLOCK_E)
@@ -110,11 +114,20 @@ def plan_kernel(
     num_needed = tl.sum(needed.to(tl.int32), 0)
     num_missing = tl.sum(missing.to(tl.int32), 0)
     num_hits = num_needed - num_missing
-    streaming = (num_needed > N) & (2 * num_needed > E)
+    streaming = (num_needed > N) & (end >= _MENTIONS_OF_A_PROMPT * E)
     # What scalars tell is not summed again: a reduction costs as much as all of a thread's arithmetic here.
     admitted = tl.minimum(num_missing, tl.where(streaming, num_empty, N - num_hits))
     staged_total = num_missing - admitted
     num_kept = N - admitted - tl.where(streaming, 0, num_hits)
+
+    num_ahead, prefetched = 0, 0
+    ahead = missing & (e < 0)  # none
+    rank_without_slot = e
+    if PREFETCHED:
+        prefetched = tl.where(streaming, tl.load(prefetch_count), 0)
+        rank_without_slot = tl.cumsum((is_expert & (slot_before < 0)).to(tl.int32), 0) - 1
+        ahead = missing & (rank_without_slot < prefetched)
+        num_ahead = tl.sum(ahead.to(tl.int32), 0)
 
     # Every miss is mentioned somewhere, so the loop ends, and in a long prompt long before the ids do.
     ranked = _rank_misses(ids, first_use, slot_of_expert, rank_of_miss, end, 0, 0, FIRST_BLOCK)
@@ -143,12 +156,15 @@ def plan_kernel(
     tl.store(slot_by_age + kept_rank, slot, mask=kept)
     tl.store(clock, now)
     tl.store(load_count, admitted)
-    tl.store(staged_count, staged_total)
+    staged_end = prefetched + staged_total - num_ahead
+    tl.store(staged_skip, prefetched)
+    tl.store(staged_count, staged_end)
     evictions = tl.maximum(admitted - num_empty, 0)  # empty slots have the oldest stamp and go first
-    waves = ((num_hits + admitted) > 0).to(tl.int32) + (staged_total + STAGING_ROWS - 1) // STAGING_ROWS
+    waves = ((num_hits + admitted) > 0).to(tl.int32) + (staged_end + STAGING_ROWS - 1) // STAGING_ROWS
     # The order of COUNTERS.
     step = tl.where(c == 0, any_needed, tl.where(c == 1, num_needed, tl.where(c == 2, num_hits, admitted)))
     step = tl.where(c == 4, evictions, tl.where(c == 5, staged_total, tl.where(c == 6, waves, step)))
+    step = tl.where(c == _COPIED, admitted + staged_total - num_ahead, step)
     tl.store(counters + c, totals + step, mask=c < _NUM_COUNTERS)
     tl.debug_barrier()
 
@@ -164,7 +180,8 @@ def plan_kernel(
     tl.store(expert_of_slot + new_slot, e, mask=loaded)
 
     staged = missing & (rank >= admitted)
-    index = tl.where(streaming, tl.cumsum(staged.to(tl.int32), 0) - 1, rank - admitted)
+    in_order = prefetched + tl.cumsum((staged & ~ahead).to(tl.int32), 0) - 1
+    index = tl.where(streaming, tl.where(ahead, rank_without_slot, in_order), rank - admitted)
     tl.store(staged_experts + index, e, mask=staged)
     slot_row = tl.where(needed, tl.where(loaded, new_slot, slot_before), _EMPTY)
     tl.store(wave_rows + e, slot_row, mask=is_expert)
@@ -172,3 +189,19 @@ def plan_kernel(
     for wave in range(1, WAVES):
         row = tl.where(staged_wave == wave, index % STAGING_ROWS, _EMPTY)
         tl.store(wave_rows + wave * E + e, row, mask=is_expert)
+
+
+@triton.jit
+def prefetch_kernel(
+    slot_of_expert, counters, prefetch_experts, prefetch_count,
+    E: tl.constexpr, N: tl.constexpr, STAGING_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Name the first ``STAGING_ROWS`` experts without a slot, none if a slot is empty."""
+    e = tl.arange(0, BLOCK_E)
+    absent = (e < E) & (tl.load(slot_of_expert + e, mask=e < E, other=0) < 0)
+    rank = tl.cumsum(absent.to(tl.int32), 0) - 1
+    num_absent = tl.sum(absent.to(tl.int32), 0)
+    count = tl.where(num_absent == E - N, tl.minimum(num_absent, STAGING_ROWS), 0)
+    tl.store(prefetch_experts + rank, e, mask=absent & (rank < count))
+    tl.store(prefetch_count, count)
+    tl.store(counters + _COPIED, tl.load(counters + _COPIED) + count)

@@ -22,10 +22,10 @@ _FROM_COMMAND_LINE = "_expert_cache_from_command_line"
 
 def register() -> None:
     """Extend vLLM's engine arguments, once."""
-    if os.environ.get(ROUTING_VARIABLE) == "measured_locality":
-        from .bench.routing import register_strategy
+    if os.environ.get(ROUTING_VARIABLE, "").startswith("measured_locality"):
+        from .bench.routing import register_strategies
 
-        register_strategy()
+        register_strategies()
     engine_args = borrow("EngineArgs")
     if getattr(engine_args, "_expert_cache_flags", False):
         return

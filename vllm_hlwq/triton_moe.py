@@ -63,7 +63,8 @@ class TritonBackend(DeviceBackend):
         # Weights on the input were applied by vLLM's kernel frame already; it allows them for top-1 only.
         tokens, top_k = topk_weights.shape
         rows = tokens * top_k
-        gate_up = buffers.gate_up.view(rows, self.shards * self.width)
+        columns = self.shards * self.width
+        gate_up = buffers.gate_up[: rows * columns].view(rows, columns)
         activated = buffers.activated.view(-1)[: rows * self.width].view(rows, self.width)
         launch = self._launch(tokens, top_k)
         self._multiply(bank, "w13", blocks, launch, hidden_states, gate_up.view(tokens, top_k, -1), top_k, None)

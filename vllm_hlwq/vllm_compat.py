@@ -20,7 +20,10 @@ NEWEST_CHECKED = "0.33.0"
 
 @dataclass(frozen=True)
 class Borrowed:
-    """One name of vLLM's: where it is, why it is needed, and the members of it that are used or overridden."""
+    """One name of vLLM's: where it is, why it is needed, and the members of it that are used or overridden.
+
+    Members are of the class, or set by its methods on ``self``.
+    """
 
     module: str
     attribute: str
@@ -55,8 +58,16 @@ BORROWED: dict[str, Borrowed] = {
     "GPUWorker": Borrowed(
         "vllm.v1.worker.gpu_worker",
         "Worker",
-        "base of our worker on CUDA, chosen through the public worker_cls setting",
-        ("load_model", "compile_or_warm_up_model", "shutdown", "reload_weights", "update_weights"),
+        "base of our worker on CUDA, chosen through the public worker_cls setting; it knows the memory that is granted",
+        (
+            "load_model",
+            "compile_or_warm_up_model",
+            "shutdown",
+            "reload_weights",
+            "update_weights",
+            "init_snapshot",
+            "requested_memory",
+        ),
     ),
     "CPUWorker": Borrowed(
         "vllm.v1.worker.cpu_worker",
@@ -278,6 +289,17 @@ BORROWED: dict[str, Borrowed] = {
         "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
     ),
     "scalar_types": Borrowed("vllm.scalar_type", "scalar_types", "vLLM's names of 4-bit weights", ("uint4", "uint4b8")),
+    "MoEActivation": Borrowed(
+        f"{_FUSED_MOE}.activation",
+        "MoEActivation",
+        "vLLM's name of a layer's activation, for a layer that is benchmarked without an engine",
+        ("from_str",),
+    ),
+    "init_workspace_manager": Borrowed(
+        "vllm.v1.worker.workspace",
+        "init_workspace_manager",
+        "lets the Marlin kernels keep their locks from call to call outside an engine too, as they do in one",
+    ),
     "RoutingStrategy": Borrowed(
         f"{_FUSED_MOE}.router.routing_simulator_router",
         "RoutingStrategy",

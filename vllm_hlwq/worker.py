@@ -1,7 +1,8 @@
 """vLLM's worker with an expert cache in its model: chosen through ``worker_cls`` when the cache is on.
 
-It puts our layer in place before the model is built, checks afterwards that every mixture-of-experts layer is ours,
-clears what warm-up left in the caches, and answers questions about counters.
+Before the model is built it checks that the cache leaves room for a KV cache and puts our layer in place; afterwards it
+checks that every mixture-of-experts layer is ours, clears what warm-up left in the caches, and answers questions about
+counters.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .gpt_oss_layer import OffloadedGptOssRoutedExperts
 from .host_expert_cache import HostExpertCache
+from .memory_check import Device, check_memory
 from .moe_offload import OffloadedRoutedExperts, cached_layers
+from .options import ExpertCacheOptions
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -46,6 +49,7 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     """Worker whose model keeps its experts in a cache."""
 
     def load_model(self, **arguments: Any) -> None:
+        self._check_memory()
         install_layers()
         super().load_model(**arguments)
         caches = self._caches()
@@ -55,6 +59,14 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 "remove --moe-expert-cache-size"
             )
         logger.info(describe(list(caches.values())))
+
+    def _check_memory(self) -> None:
+        if not borrow("current_platform").is_cuda():
+            return
+        snapshot = self.init_snapshot
+        device = Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
+        options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
+        check_memory(self.vllm_config, options, device)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()

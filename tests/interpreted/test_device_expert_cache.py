@@ -1,6 +1,8 @@
 """A step that the device decides, in Triton's interpreter: every row is computed from its own expert's weights.
 
-One wave only: further waves are loaded on a CUDA stream of their own, which tests/test_gpu_layer.py covers.
+Streams are torch's stand-ins here and do everything in the order of the calls, so that a load into a bank before its
+reader is done, or a load that is missing, shows in the values; what only a real stream could break,
+tests/test_gpu_layer.py covers.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ import pytest
 import torch
 
 from vllm_hlwq.device_backend import Buffers
-from vllm_hlwq.device_expert_cache import DeviceExpertCache, Staging
+from vllm_hlwq.device_expert_cache import DeviceExpertCache
 from vllm_hlwq.expert_cache import SlotTable
-from vllm_hlwq.gather_kernel import Gather
 from vllm_hlwq.host_store import HostStore, RecordLayout
+from vllm_hlwq.staging import Staging
 from vllm_hlwq.wave_blocks import Alignment
 from vllm_hlwq.weight_bank import WeightBank
 
@@ -64,16 +66,41 @@ def int32(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make_cache(num_slots: int) -> DeviceExpertCache:
-    layout = RecordLayout({"w13_weight": ((HIDDEN, HIDDEN), torch.float32), "w2_weight": ((HIDDEN,), torch.float32)})
-    store = HostStore(EXPERTS, layout)
+LAYOUT = RecordLayout({"w13_weight": ((HIDDEN, HIDDEN), torch.float32), "w2_weight": ((HIDDEN,), torch.float32)})
+
+
+def make_cache(num_slots: int, staging: Staging | None = None) -> DeviceExpertCache:
+    store = HostStore(EXPERTS, LAYOUT)
     store.device_address = store.address  # what the interpreter's kernels read is host memory
-    for name in layout:
+    for name in LAYOUT:
         store.field(name).copy_(torch.randn(store.field(name).shape))
-    bank = WeightBank.allocate(EXPERTS - num_slots, layout, CPU)
-    staging = Staging((bank,), (Gather(layout, bank),), stream=None)
-    slots = WeightBank.allocate(num_slots, layout, CPU)
-    return DeviceExpertCache(store, slots, staging, OneMatrix(), EXPERTS, TOP_K, max_tokens=8)
+    staging = staging or Staging.allocate(EXPERTS - num_slots, 2, LAYOUT, CPU)
+    slots = WeightBank.allocate(num_slots, LAYOUT, CPU)
+    return DeviceExpertCache(store, slots, staging, OneMatrix(), EXPERTS, TOP_K, max_tokens=64)
+
+
+def run_and_check(
+    cache: DeviceExpertCache,
+    ids: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    forward: object | None = None,
+) -> None:
+    """Run a step on random rows and compare every row with its experts' own weights."""
+    tokens = len(ids)
+    hidden = torch.randn(tokens, HIDDEN)
+    output = torch.full((tokens, HIDDEN), torch.nan)
+    rows = torch.full((tokens * TOP_K, HIDDEN), torch.nan)
+    buffers = Buffers(rows.new_empty(0), rows.new_empty(0), rows)
+    cache.step(hidden, torch.ones(tokens, TOP_K), ids, output, buffers, False, padding, None, forward)
+    weight, bias = cache.store.field("w13_weight"), cache.store.field("w2_weight")
+    for token in range(tokens):
+        wanted = torch.stack([hidden[token] @ weight[e] + bias[e] for e in ids[token].tolist()]).sum(0)
+        is_padding = padding is not None and padding[token]
+        assert torch.equal(output[token], torch.zeros(HIDDEN) if is_padding else wanted)
+
+
+def distinct_ids(tokens: int, experts: int = EXPERTS) -> torch.Tensor:
+    return torch.stack([torch.randperm(experts)[:TOP_K] for _ in range(tokens)]).int()
 
 
 @pytest.mark.parametrize("num_slots", [3, 6, 11])
@@ -84,20 +111,67 @@ def test_rows_are_computed_from_their_own_experts(num_slots: int) -> None:
     assert not any(cache.counts().values()), "compiling the kernels left a trace"
     for _ in range(25):
         tokens = int(torch.randint(1, num_slots // TOP_K + 1, ()))
-        hidden = torch.randn(tokens, HIDDEN)
-        ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).int()
-        padding = torch.rand(tokens) < 0.3
-        output = torch.full((tokens, HIDDEN), torch.nan)
-        rows = torch.full((tokens * TOP_K, HIDDEN), torch.nan)
-        buffers = Buffers(rows.new_empty(0), rows.new_empty(0), rows)
-        cache.step(hidden, torch.ones(tokens, TOP_K), ids, output, buffers, False, padding, None)
+        ids, padding = distinct_ids(tokens), torch.rand(tokens) < 0.3
+        run_and_check(cache, ids, padding)
         mirror.plan_step(torch.where(padding.unsqueeze(1), -1, ids))
-        weight, bias = cache.store.field("w13_weight"), cache.store.field("w2_weight")
-        for token in range(tokens):
-            wanted = [hidden[token] @ weight[e] + bias[e] for e in ids[token].tolist()]
-            assert torch.equal(output[token], torch.zeros(HIDDEN) if padding[token] else torch.stack(wanted).sum(0))
     counts = cache.counts()
     assert {name: counts[name] for name in mirror.counts()} == mirror.counts()
-    assert counts["h2d_bytes"] == counts["admitted"] * cache.record_bytes > 0
+    assert counts["h2d_bytes"] == counts["copied"] * cache.record_bytes > 0
     cache.reset()
     assert not any(cache.counts().values())
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "staging_rows", "banks"), [(1, 11, 2), (3, 9, 2), (3, 2, 2), (2, 1, 2), (5, 3, 1)]
+)
+def test_waves_and_prefetched_experts_are_computed_from_their_own_weights(
+    num_slots: int, staging_rows: int, banks: int
+) -> None:
+    torch.manual_seed(staging_rows)
+    staging = Staging.allocate(staging_rows, banks, LAYOUT, CPU)
+    layers = [make_cache(num_slots, staging) for _ in range(3)]
+    tables = [SlotTable(EXPERTS, num_slots, staging_rows) for _ in layers]
+    # Prompts, whose layers prefetch for each other, with decoding between them.
+    for number, tokens in enumerate((1, 20, 7, 30, 2, 40, 3)):
+        forward = Forward()
+        for layer, (cache, mirror) in enumerate(zip(layers, tables, strict=True)):
+            # The first pass shows the order of the layers.
+            ahead = number > 0 and layer > 0 and tokens * TOP_K >= 4 * EXPERTS
+            # Expert 0 is never needed, though it is prefetched.
+            ids = distinct_ids(tokens, EXPERTS - 1) + 1
+            mirror.plan_step(ids, len(mirror.prefetch()) if ahead else 0)
+            run_and_check(cache, ids, forward=forward)
+            assert {name: cache.counts()[name] for name in mirror.counts()} == mirror.counts()
+    assert all(layer.counts()["copied"] > layer.counts()["admitted"] + layer.counts()["staged"] for layer in layers[1:])
+
+
+def test_what_was_prefetched_for_another_pass_is_not_used() -> None:
+    torch.manual_seed(0)
+    staging = Staging.allocate(9, 2, LAYOUT, CPU)
+    first, second = (make_cache(3, staging) for _ in range(2))
+    ids = distinct_ids(20)
+    for _ in range(2):
+        forward = Forward()
+        run_and_check(first, ids, forward=forward)
+        run_and_check(second, ids, forward=forward)
+    run_and_check(first, ids, forward=Forward())  # this pass ends after the first layer
+    run_and_check(first, ids, forward=Forward())
+    run_and_check(second, ids, forward=Forward())
+    run_and_check(second, ids)
+
+
+def test_the_first_layer_of_a_model_follows_no_other() -> None:
+    """Two passes may share an object, as warm-up's might; nothing is on its way when the second of them ends."""
+    torch.manual_seed(0)
+    staging = Staging.allocate(9, 2, LAYOUT, CPU)
+    first, second = (make_cache(3, staging) for _ in range(2))
+    forward = Forward()
+    for _ in range(3):
+        run_and_check(first, distinct_ids(20), forward=forward)
+        run_and_check(second, distinct_ids(20), forward=forward)
+    assert staging.successor(first) is second
+    assert staging.successor(second) is None
+
+
+class Forward:
+    """Stands for vLLM's forward context, of which the cache uses the identity."""

@@ -55,9 +55,9 @@ def test_only_padding_changes_nothing() -> None:
 
 
 def test_a_streaming_step_fills_empty_slots_and_stages_the_rest_in_order() -> None:
-    pair = Pair(num_experts=8, num_slots=3, staging_rows=3, max_tokens=2, top_k=4)
+    pair = Pair(num_experts=8, num_slots=3, staging_rows=3, max_tokens=8, top_k=4)
     pair.step(Step(torch.tensor([[5, 5, 5, 5]])))
-    pair.step(Step(torch.tensor([[7, 3, 6, 5], [4, 0, 2, 1]])))
+    pair.step(Step(torch.tensor([[7, 3, 6, 5], [4, 0, 2, 1]] * 4)))
     assert pair.table.expert_of_slot.tolist() == [5, 7, 3]
     assert pair.table.staged_experts[:5].tolist() == [0, 1, 2, 4, 6]
     assert pair.table.slot_by_age.tolist() == [0, 1, 2]
@@ -78,9 +78,24 @@ def test_reset_starts_again() -> None:
     assert pair.table.counts()["steps"] == 1
 
 
-def test_half_of_the_layer_is_not_yet_streaming() -> None:
-    pair = Pair(num_experts=8, num_slots=1, staging_rows=7, max_tokens=1, top_k=4)
+def test_a_step_is_streaming_from_four_mentions_an_expert_on() -> None:
+    pair = Pair(num_experts=8, num_slots=1, staging_rows=7, max_tokens=8, top_k=4)
     pair.step(Step(torch.tensor([[0, 0, 0, 0]])))
-    pair.step(Step(torch.tensor([[7, 5, 2, 3]])))
+    pair.step(Step(torch.tensor([[7, 5, 2, 3]] * 7)))
     assert pair.table.expert_of_slot.tolist() == [7]
     assert pair.table.staged_experts[:3].tolist() == [5, 2, 3]
+    pair.step(Step(torch.tensor([[0, 5, 2, 3]] * 8)))
+    assert pair.table.expert_of_slot.tolist() == [7]
+    assert pair.table.staged_experts[:4].tolist() == [0, 2, 3, 5]
+
+
+def test_prefetched_experts_have_the_first_places() -> None:
+    pair = Pair(num_experts=8, num_slots=2, staging_rows=3, max_tokens=8, top_k=4)
+    pair.step(Step(torch.tensor([[4, 1, 4, 1]])))
+    pair.step(Step(torch.tensor([[5, 0, 3, 7]] * 8), prefetched=True))
+    assert (int(pair.table.staged_skip), int(pair.table.staged_count)) == (3, 5)
+    assert pair.table.wave_rows.tolist() == [
+        [-1] * 8,
+        [0, -1, -1, 2, -1, -1, -1, -1],
+        [-1, -1, -1, -1, -1, 0, -1, 1],
+    ]

@@ -1,0 +1,234 @@
+"""Does the expert cache keep its promises on this GPU? One command, no network, under nine minutes.
+
+    python benchmarks/gpu_acceptance.py --out DIR [--parts correctness performance] [--layers N]
+
+Correctness is ``pytest -m gpu`` on kernels, layers and whole engines: a layer in one wave has the bits of stock vLLM's
+Marlin, in several waves it differs by no more than Marlin itself between batch shapes, and greedy tokens are those of
+the resident model.
+
+Performance is measured on a random checkpoint in the shape of Gemma-4-26B-A4B, each engine in a process of its own with
+the same KV cache: stock vLLM on Marlin with all experts resident, the cache at three sizes, and vLLM's own ways to
+offload experts at equal GPU memory. Engines run on CUDA graphs without torch.compile, which takes most of a start-up
+and changes nothing that is compared; ``--compile`` leaves vLLM its default.
+
+Prints a line for each promise and writes ``DIR/gpu_acceptance.json`` and, into ``DIR/logs``, what engines and tests
+printed. The exit code is 0 if all are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acceptance_criteria import Criterion, judge
+from make_checkpoint import make_checkpoint
+from rich.console import Console
+from rich.table import Table
+from throughput import OFFLOADING, ROUTING_VARIABLE, expert_memory, run_task
+
+from vllm_hlwq.bench.routing import BUT_ONE, MEASURED_LOCALITY
+from vllm_hlwq.options import config_key
+
+PROJECT = Path(__file__).parent.parent
+SHAPE = "gemma-4-26b-a4b"
+EXPERTS, SLOTS = 128, 32
+KV_CACHE_BYTES = 6 * 2**30
+LONG_PROMPT = 8192
+ALONE = {"batch": 1, "prompt_tokens": 512, "new_tokens": 48}
+MANY = {"batch": 32, "prompt_tokens": 64, "new_tokens": 12}
+PROMPT = {"batch": 1, "prompt_tokens": LONG_PROMPT, "new_tokens": 0}
+TESTS = {
+    "kernels": ["tests/test_plan_gpu.py", "tests/test_gather_gpu.py"],
+    "layer": ["tests/test_gpu_layer.py", "-k", "gemma4-g64"],
+    "engine": ["tests/test_gpu.py", "-k", "graphs-v2 or eager-v1"],
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine to measure.
+
+    name: of its row.
+    arguments: of vLLM's engine, beyond those that all have.
+    cases: what to measure.
+    slots: of its cache, None for stock vLLM.
+    routing: a strategy of ``bench/routing.py``.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    cases: tuple[dict[str, int], ...]
+    slots: int | None = None
+    routing: str = MEASURED_LOCALITY
+
+
+def cache(name: str, slots: int, *cases: dict[str, int], routing: str = MEASURED_LOCALITY) -> Engine:
+    return Engine(name, {"additional_config": {config_key("cache_size"): slots}}, cases, slots, routing)
+
+
+MARLIN = {"moe_backend": "marlin"}
+ENGINES = {
+    "resident": Engine("resident", MARLIN, (ALONE, PROMPT, MANY)),
+    "cache": cache("cache", SLOTS, ALONE, PROMPT, MANY),
+    "all_but_one": cache("all_but_one", EXPERTS - 1, ALONE, routing=BUT_ONE),
+    "all": cache("all", EXPERTS, ALONE),
+}
+ENGINE_NAMES = [*ENGINES, *OFFLOADING]
+"""In the order in which they are measured."""
+
+
+@dataclass
+class Performance:
+    """Engines of one checkpoint, measured one after the other."""
+
+    model: Path
+    compiled: bool
+    logs: Path
+    timeout: float
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        for name in names:
+            engine = ENGINES.get(name) or self.offloading(name)
+            if engine is not None:
+                self.measure(engine)
+        return self.engines
+
+    def offloading(self, name: str) -> Engine | None:
+        """vLLM's own offloading with as much GPU memory for experts as the cache has, which must be known by now."""
+        sizes = self.engines.get("cache", {}).get("expert_cache")
+        if sizes is None:
+            return None
+        arguments = OFFLOADING[name](expert_memory(sizes))
+        assert arguments is not None  # a quarter of the experts is resident
+        return Engine(name, arguments | MARLIN, (ALONE, MANY))
+
+    def measure(self, engine: Engine) -> None:
+        common: dict[str, Any] = {
+            "max_model_len": LONG_PROMPT + 64,
+            "max_num_batched_tokens": LONG_PROMPT,
+            "max_num_seqs": MANY["batch"],
+            "enable_prefix_caching": False,
+            "attention_backend": "TRITON_ATTN",
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "seed": 0,
+        }
+        if not self.compiled:
+            sizes = [1, 2, 4, 8, 16, 32]
+            common["compilation_config"] = {
+                "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes,
+            }  # fmt: skip
+        specification = {
+            "task": "engine", "cuda": True, "model": str(self.model), "cached": engine.slots is not None,
+            "engine": common | engine.arguments, "cases": list(engine.cases), "repeats": 3,
+        }  # fmt: skip
+        start = time.monotonic()
+        routing = {ROUTING_VARIABLE: engine.routing}
+        result = run_task(specification, routing, self.timeout, self.logs / f"{engine.name}.log")
+        print(
+            f"{engine.name}: {result['status']} in {time.monotonic() - start:.0f} s {result.get('reason', '')}",
+            flush=True,
+        )
+        self.engines[engine.name] = {"engine": specification["engine"], "routing": engine.routing, **result}
+
+
+def run_tests(logs: Path) -> dict[str, dict[str, Any]]:
+    """Run the GPU tests, files side by side, and say of each whether it passed."""
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *words],
+            cwd=PROJECT, stdout=(logs / f"{name}.log").open("w"), stderr=subprocess.STDOUT,
+        )
+        for name, words in TESTS.items()
+    }  # fmt: skip
+    results = {}
+    for name, process in running.items():
+        code = process.wait()
+        last = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
+        results[name] = {"passed": code == 0, "summary": last[0] if last else ""}
+        print(f"{name} tests: {'passed' if code == 0 else 'FAILED'} {results[name]['summary']}", flush=True)
+    return results
+
+
+def gather_rates(folder: Path) -> dict[str, Any]:
+    """The gather part of ``moe_layer.py``: bytes per second of kernel and copy engine."""
+    command = [sys.executable, str(Path(__file__).with_name("moe_layer.py")), "--parts", "gather", "--out", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((folder / "moe_layer.json").read_text())
+    return found["gather"]
+
+
+def print_table(criteria: list[Criterion], device: str) -> None:
+    table = Table("promise", "limit", "measured", "kept", title=f"Expert cache on {device}")
+    for found in criteria:
+        table.add_row(found.promise, found.limit, found.measured, "yes" if found.kept else "NO")
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("correctness", "performance"), default=["correctness", "performance"]
+    )
+    parser.add_argument(
+        "--model", type=Path, help=f"checkpoint in the shape of {SHAPE} (default: made in a temporary folder)"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="decoder layers of the checkpoint that is made (default: the model's own)"
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINE_NAMES, default=ENGINE_NAMES, help="measure only these, in this order"
+    )
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, as vLLM does by default")
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one engine")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    options = parse(words)
+    start = time.monotonic()
+    machine = run_task({"task": "probe"}, {}, options.timeout)
+    if machine["status"] != "ok":
+        raise SystemExit(f"gpu_acceptance: the machine cannot be described: {machine['reason']}")
+    if "gpu" not in machine["environment"]:
+        raise SystemExit("gpu_acceptance: needs a CUDA GPU; torch finds none on this machine")
+    logs = options.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "environment": machine["environment"],
+        "link_bytes_per_second": machine["bytes_per_second"],
+        "parts": options.parts,
+    }
+    criteria: list[Criterion] = []
+    with tempfile.TemporaryDirectory(prefix="acceptance-") as scratch:
+        if "correctness" in options.parts:
+            result["tests"] = run_tests(logs)
+            criteria += [
+                Criterion(f"{name} tests pass", "", found["summary"], found["passed"])
+                for name, found in result["tests"].items()
+            ]
+        if "performance" in options.parts:
+            model = options.model or Path(scratch) / SHAPE
+            if not options.model:
+                make_checkpoint(SHAPE, model, options.layers)
+            result |= {"model": SHAPE, "layers": options.layers, "compiled": options.compile}
+            result["gather"] = gather_rates(Path(scratch))
+            result["engines"] = Performance(model, options.compile, logs, options.timeout).run(options.engines)
+            criteria += judge(result["engines"], result["gather"], result["link_bytes_per_second"])
+    result["criteria"] = [vars(found) for found in criteria]
+    result["seconds"] = round(time.monotonic() - start)
+    (options.out / "gpu_acceptance.json").write_text(json.dumps(result, indent=2) + "\n")
+    print_table(criteria, machine["environment"]["device"])
+    return int(not all(found.kept for found in criteria))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
