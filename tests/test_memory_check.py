@@ -25,7 +25,7 @@ from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.memory_check import Device, Limit, check_memory, limit_of, shortage
 from vllm_hlwq.options import ExpertCacheOptions
 from vllm_hlwq.sizing import BankSizes, DeviceDemand, KvLayer
-from vllm_hlwq.worker import install_layer
+from vllm_hlwq.worker import install_layers
 
 GIB = 2**30
 # Gemma-4-26B-A4B at 4096 tokens on 12 GiB, by hand: 30 layers, of which 5 attend globally.
@@ -148,7 +148,7 @@ def test_vllm_takes_at_least_that_and_little_more(request: pytest.FixtureRequest
     config = config_of(request.getfixturevalue(model), max_model_len=length, max_num_batched_tokens=256)
     demand = demand_of(config)
     worker = start_worker(config)
-    install_layer()
+    install_layers()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         built = initialize_model(vllm_config=config)
     parameters = {p.data_ptr(): p.nbytes for name, p in built.named_parameters() if ".experts." not in name}

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
+from .device_backend import Buffers, DeviceBackend
 from .expert_cache import COUNTERS, is_prompt
 from .gather_kernel import Gather
 from .host_store import HostStore
-from .marlin_moe import Buffers, MarlinBackend
 from .plan_kernel import DeviceSlotTable, plan, prefetch
 from .staging import Arrival, Staging
 from .wave_blocks import Alignment, blocks_of_waves
@@ -39,7 +39,7 @@ class DeviceExpertCache:
         store: HostStore | None,
         slot_bank: WeightBank,
         staging: Staging | None,
-        backend: MarlinBackend,
+        backend: DeviceBackend,
         num_experts: int,
         top_k: int,
         max_tokens: int,

@@ -58,7 +58,7 @@ class ExpertShape:
     def workspace_bytes(self, tokens: int, top_k: int) -> int:
         """Working memory of a step of ``tokens``, which vLLM's profiling run takes and keeps for all layers together.
 
-        A row of (token, k) needs gate, up, their product and the output: ``MarlinBackend.workspace_shapes``.
+        A row of (token, k) needs gate, up, their product and the output: ``DeviceBackend.workspace_shapes``.
         """
         columns = (3 if self.gated else 2) * self.padded_width + self.hidden
         return tokens * top_k * columns * SCALE_BYTES

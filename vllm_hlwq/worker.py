@@ -11,6 +11,7 @@ from typing import Any
 
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
+from .gpt_oss_layer import OffloadedGptOssRoutedExperts
 from .host_expert_cache import HostExpertCache
 from .memory_check import Device, check_memory
 from .moe_offload import OffloadedRoutedExperts, cached_layers
@@ -22,21 +23,26 @@ logger = borrow("init_logger")("vllm.expert_cache")
 StockWorker: Any = borrow("CPUWorker") if borrow("current_platform").is_cpu() else borrow("GPUWorker")
 
 
-def install_layer() -> None:
-    """Register our layer in the place of vLLM's ``RoutedExperts``; harmless when done before.
+LAYERS = {"RoutedExperts": OffloadedRoutedExperts, "GptOssRoutedExperts": OffloadedGptOssRoutedExperts}
+"""Our layers by the names of vLLM's classes in whose place they are put."""
+
+
+def install_layers() -> None:
+    """Register our layers in the place of vLLM's; harmless when done before.
 
     Raises:
         ExpertCacheError: another plugin has registered a layer of its own there.
     """
-    holder = borrow("op_registry_oot").get("RoutedExperts")
-    if holder is OffloadedRoutedExperts:
-        return
-    if holder is not None:
-        raise ExpertCacheError(
-            f"another plugin has replaced vLLM's RoutedExperts by {holder.__module__}.{holder.__qualname__}; "
-            "disable it (VLLM_PLUGINS) or serve without the expert cache"
-        )
-    borrow("PluggableLayer").register_oot(OffloadedRoutedExperts, name="RoutedExperts")
+    for name, layer in LAYERS.items():
+        holder = borrow("op_registry_oot").get(name)
+        if holder is layer:
+            continue
+        if holder is not None:
+            raise ExpertCacheError(
+                f"another plugin has replaced vLLM's {name} by {holder.__module__}.{holder.__qualname__}; "
+                "disable it (VLLM_PLUGINS) or serve without the expert cache"
+            )
+        borrow("PluggableLayer").register_oot(layer, name=name)
 
 
 class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
@@ -44,7 +50,7 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
 
     def load_model(self, **arguments: Any) -> None:
         self._check_memory()
-        install_layer()
+        install_layers()
         super().load_model(**arguments)
         caches = self._caches()
         if not caches:
