@@ -57,6 +57,11 @@ def greedy(cached: Server) -> list[list[int]]:
     return greedy_tokens(cached)
 
 
+def test_the_coded_checkpoint_itself_serves_the_tokens_of_its_sibling(greedy: list[list[int]]) -> None:
+    with Server(SHIPPED, "--moe-expert-cache-size", "4", *EAGER) as server:
+        assert greedy_tokens(server) == greedy
+
+
 def greedy_tokens(server: Server) -> list[list[int]]:
     """Greedy continuation of each prompt, one request at a time."""
     tokens = []

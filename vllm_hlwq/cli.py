@@ -149,7 +149,8 @@ def export_command(
 ) -> None:
     """Make the INT4 sibling that vLLM serves, from an HLWQ or a 16-bit model."""
     from .checkpoint.dequantize import open_source
-    from .checkpoint.export import GroupSize, export_int4
+    from .checkpoint.export import export_int4
+    from .checkpoint.export_plan import GroupSize
 
     if group_size is not None and group_size not in SUPPORTED_GROUP_SIZES:
         sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size)

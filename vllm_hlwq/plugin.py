@@ -11,7 +11,10 @@ import argparse
 import os
 from typing import Any
 
-from .errors import ExpertCacheError
+from pydantic import ValidationError
+
+from .errors import CheckpointError, ExpertCacheError
+from .hlwq_engine import choose_loader, configuring, register_quant_methods
 from .options import ExpertCacheOptions, config_key, flag
 from .vllm_compat import borrow
 
@@ -30,6 +33,7 @@ def register() -> None:
     if getattr(engine_args, "_expert_cache_flags", False):
         return
     engine_args._expert_cache_flags = True
+    register_quant_methods()
     stock_add_cli_args = engine_args.add_cli_args
     stock_from_cli_args = engine_args.from_cli_args.__func__
     stock_create_engine_config = engine_args.create_engine_config
@@ -45,18 +49,31 @@ def register() -> None:
         return made
 
     def create_engine_config(self: Any, *positional: Any, **named: Any) -> Any:
-        vllm_config = stock_create_engine_config(self, *positional, **named)
         try:
+            with configuring(self):
+                vllm_config = stock_create_engine_config(self, *positional, **named)
+            choose_loader(vllm_config)
             configure(vllm_config)
-        except ExpertCacheError as error:
+        except ValueError as error:
+            ours = _own_error(error)
+            if ours is None:
+                raise
             if getattr(self, _FROM_COMMAND_LINE, False):
-                raise SystemExit(f"vllm: error: {error}") from None
-            raise
+                raise SystemExit(f"vllm: error: {ours}") from None
+            raise ours from None
         return vllm_config
 
     engine_args.add_cli_args = staticmethod(add_cli_args)
     engine_args.from_cli_args = classmethod(from_cli_args)
     engine_args.create_engine_config = create_engine_config
+
+
+def _own_error(error: ValueError) -> ExpertCacheError | CheckpointError | None:
+    """Our error, if that is what was raised, or what made pydantic refuse vLLM's configuration."""
+    found = error
+    if isinstance(error, ValidationError):
+        found = error.errors()[0].get("ctx", {}).get("error", error)
+    return found if isinstance(found, (ExpertCacheError, CheckpointError)) else None
 
 
 def add_flags(parser: Any) -> None:

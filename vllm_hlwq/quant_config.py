@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import ExpertCacheError
+from .hlwq_serving import HlwqConfig
 from .quant_methods import (
     AutoAWQMoEMethod,
     AutoGPTQMoEMethod,
@@ -124,6 +125,7 @@ def _unsupported(prefix: str, what: str) -> ExpertCacheError:
 
 MAKERS = {
     borrow("CompressedTensorsConfig"): _compressed_tensors,
+    HlwqConfig: _compressed_tensors,
     borrow("AutoAWQConfig"): _awq,
     borrow("AutoGPTQConfig"): _gptq,
     borrow("GptOssMxfp4Config"): _gpt_oss_mxfp4,

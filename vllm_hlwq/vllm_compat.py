@@ -125,7 +125,32 @@ BORROWED: dict[str, Borrowed] = {
         f"{_COMPRESSED}.compressed_tensors",
         "CompressedTensorsConfig",
         "says which scheme the checkpoint gives a layer's experts",
-        ("_add_fused_moe_to_target_scheme_map", "get_scheme_dict", "_is_wNa16_group_channel", "_is_fp8_w8a8"),
+        (
+            "_add_fused_moe_to_target_scheme_map",
+            "get_scheme_dict",
+            "_is_wNa16_group_channel",
+            "_is_fp8_w8a8",
+            "from_config",
+            "get_name",
+        ),
+    ),
+    "QuantizationConfig": Borrowed(
+        f"{_QUANTIZATION}.base_config",
+        "QuantizationConfig",
+        "the kind of class that vLLM registers for a quantisation's name",
+        ("from_config", "get_config_filenames", "maybe_update_config"),
+    ),
+    "register_quantization_config": Borrowed(
+        _QUANTIZATION, "register_quantization_config", "vLLM's registry of quantisations from outside"
+    ),
+    "register_model_loader": Borrowed(
+        "vllm.model_executor.model_loader", "register_model_loader", "vLLM's registry of loaders from outside"
+    ),
+    "DefaultModelLoader": Borrowed(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader",
+        "loads what its iterator of tensors gives, from files or as they are made",
+        ("get_all_weights", "download_model"),
     ),
     "AutoAWQConfig": Borrowed(f"{_QUANTIZATION}.auto_awq", "AutoAWQConfig", "recognises AWQ checkpoints"),
     "AutoAWQMoEMethod": Borrowed(
