@@ -15,7 +15,7 @@ from .coded_vectors import CodedVectors
 from .kernels import GROUP, kernels, run_shares
 
 MOST_ROWS = 32
-"""Query vectors of one key-value head, up to which the codes are attended to. With more, decoding them once is faster."""
+"""Query vectors of one key-value head up to which codes are attended to; with more, decoding them once is faster."""
 
 
 class Side(NamedTuple):

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from .attention import MOST_ROWS, Side, attend
 
+REPEAT = (torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.reshape)
+"""How transformers repeats heads ``[batch, heads, tokens, width]``: a new axis, expanded, joined with the heads."""
 NEW_AXIS = (slice(None), slice(None), None, slice(None), slice(None))
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -49,7 +51,7 @@ class History(torch.Tensor):
         made._side, made._check, made._steps = side, check, steps
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"History({tuple(self.shape)}, {self._side.coded} tokens of {self._side.store.coder.bits} bits)"
 
     def decode(self) -> torch.Tensor:
@@ -67,19 +69,19 @@ class History(torch.Tensor):
         """The next of the three views that repeat heads; None for every other operation."""
         batch, heads, tokens, width = self._side.shape
         sizes = arguments[0] if len(arguments) == 1 else arguments
-        if not self._steps and function is torch.Tensor.__getitem__ and sizes == NEW_AXIS:
-            return self._then(function, arguments, (batch, heads, 1, tokens, width))
-        if len(self._steps) == 1 and function is torch.Tensor.expand and len(sizes) == 5:
-            if tuple(sizes) == (batch, heads, sizes[2], tokens, width):
-                return self._then(function, arguments, tuple(sizes))
-        if len(self._steps) == 2 and function is torch.Tensor.reshape:
-            if tuple(sizes) == (batch, heads * self.shape[2], tokens, width):
-                return self._then(function, arguments, tuple(sizes))
-        return None
+        if not isinstance(sizes, tuple) or len(self._steps) >= len(REPEAT) or function is not REPEAT[len(self._steps)]:
+            return None
+        if not self._steps:
+            return self._then(function, arguments, (batch, heads, 1, tokens, width)) if sizes == NEW_AXIS else None
+        repeats = sizes[2] if len(sizes) == 5 else self.shape[2]
+        wanted = (
+            (batch, heads, repeats, tokens, width) if len(self._steps) == 1 else (batch, heads * repeats, tokens, width)
+        )
+        return self._then(function, arguments, wanted) if sizes == wanted else None
 
     @property
     def _is_whole(self) -> bool:
-        return len(self._steps) in (0, 3)
+        return len(self._steps) in (0, len(REPEAT))
 
     @classmethod
     def __torch_function__(
@@ -98,14 +100,17 @@ class History(torch.Tensor):
             if result is not None:
                 return result
         elif isinstance(arguments[0], History) and not options:
-            view = arguments[0]._repeat_step(function, arguments[1:])
+            own, rest = arguments[0], arguments[1:]
+            if function is torch.Tensor.to and rest == (own.device,):
+                return own  # models that share keys between layers move them to each layer's device
+            view = own._repeat_step(function, rest)
             if view is not None:
                 return view
         plain, plain_options = tree_map_only(History, History.decode, (arguments, options))
         return function(*plain, **plain_options)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         function: Callable[..., Any],
         types: Iterable[type],

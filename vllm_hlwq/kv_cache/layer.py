@@ -77,7 +77,8 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._sizes = [(*states.shape[:2], states.shape[3]) for states in both]
         with torch.inference_mode(False):
             self._coded = tuple(  # type: ignore[assignment]
-                CodedVectors(self._coders(head_dim, self.device), batch, heads) for batch, heads, head_dim in self._sizes
+                CodedVectors(self._coders(head_dim, self.device), batch, heads)
+                for batch, heads, head_dim in self._sizes
             )
             self._recent = tuple(Recent(states, self._window + GROUP) for states in both)  # type: ignore[assignment]
         self.is_initialized = True
@@ -96,7 +97,8 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self._coded is not None and self._recent is not None
+        assert self._coded is not None
+        assert self._recent is not None
         self._check_states(key_states, value_states)
         with torch.inference_mode(False), torch.no_grad():
             keys, values = (
