@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kv_cache_bars import kv_bars
+
 PROJECT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RESULTS = PROJECT / "benchmarks/results"
@@ -163,7 +165,7 @@ def moe_layer(result: dict[str, Any]) -> str:
 def kv_cache(result: dict[str, Any]) -> str:
     environment = result["environment"]
     verdicts = "".join(
-        f"- {'holds' if bar['holds'] else '**missed**'} ({bar['value']:.2f}): {bar['bar']}\n" for bar in result["bars"]
+        f"- {'holds' if bar['holds'] else '**missed**'} ({bar['value']:.2f}): {bar['bar']}\n" for bar in kv_bars(result)
     )
     steps = "".join(
         f"| {model['model']} | {row['cache']} | {row['ms']:.1f} | {row['ratio']:.2f} |\n"
@@ -174,7 +176,7 @@ def kv_cache(result: dict[str, Any]) -> str:
     return (
         f"Against what was asked of it:\n\n{verdicts}\n## Time\n\n"
         f"A step of one token after {speed['length']:,}, median of {speed['steps']} (of {speed['slow_steps']} for "
-        f"those that decode), the caches in turn, {environment['cores']} thread{'s' if environment['cores'] > 1 else ''}.\n\n"
+        f"those that decode), the caches in turn; threads: {environment['cores']}.\n\n"
         f"| model | cache | ms | of BF16's |\n|---|---|---|---|\n{steps}\n"
         f"{kv_bytes(result['models'])}{kv_accuracy(result)}"
         f"({machine(environment)}; made by `benchmarks/kv_cache.py`.)\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ def levels(bits: int) -> np.ndarray:
     return np.concatenate([-half[::-1], half])
 
 
+@cache
 def rotation(width: int) -> np.ndarray:
     """H[i, j] = (-1) ** popcount(i & j) / sqrt(width)."""
     i = np.arange(width)
