@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kv_cache_bars import kv_bars
+
 PROJECT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RESULTS = PROJECT / "benchmarks/results"
@@ -160,6 +162,65 @@ def moe_layer(result: dict[str, Any]) -> str:
     )
 
 
+def kv_cache(result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    verdicts = "".join(
+        f"- {'holds' if bar['holds'] else '**missed**'} ({bar['value']:.2f}): {bar['bar']}\n" for bar in kv_bars(result)
+    )
+    steps = "".join(
+        f"| {model['model']} | {row['cache']} | {row['ms']:.1f} | {row['ratio']:.2f} |\n"
+        for model in result["speed"]
+        for row in model["rows"]
+    )
+    speed = result["speed"][0]
+    return (
+        f"Against what was asked of it:\n\n{verdicts}\n## Time\n\n"
+        f"A step of one token after {speed['length']:,}, median of {speed['steps']} (of {speed['slow_steps']} for "
+        f"those that decode), the caches in turn; threads: {environment['cores']}.\n\n"
+        f"| model | cache | ms | of BF16's |\n|---|---|---|---|\n{steps}\n"
+        f"{kv_bytes(result['models'])}{kv_accuracy(result)}"
+        f"({machine(environment)}; made by `benchmarks/kv_cache.py`.)\n"
+    )
+
+
+def kv_bytes(models: dict[str, Any]) -> str:
+    text = "## Bytes\n\nAll that a cache holds, in MiB, room that is not filled yet included.\n"
+    for name, model in models.items():
+        head = "".join(f" | {length:,}" for length in model["lengths"])
+        rows = "".join(
+            f"| {cache} | " + " | ".join(f"{size / MIB:,.2f}" for size in sizes) + " |\n"
+            for cache, sizes in model["bytes"].items()
+        )
+        parts = "; ".join(
+            f"{int(length):,} tokens: "
+            + ", ".join(f"{kind.replace('_', ' ')} {size / MIB:,.2f}" for kind, size in kinds.items())
+            for length, kinds in model["kinds"].items()
+        )
+        text += f"\n{name}:\n\n|{head} |\n|---{'|---' * len(model['lengths'])}|\n{rows}\n"
+        text += f"At 3 bits these are, in MiB, at {parts}.\n"
+        for reason in sorted(set(model["skipped"].values())):
+            caches = ", ".join(cache for cache, why in model["skipped"].items() if why == reason)
+            text += f"\nLeft out: {caches}: “{reason}”.\n"
+    return text + "\n"
+
+
+def kv_accuracy(result: dict[str, Any]) -> str:
+    cosines = "".join(f"| {row['cache']} | {row['keys']:.4f} | {row['values']:.4f} |\n" for row in result["cosines"])
+    perplexity = "".join(
+        f"| {row['cache']} | {'' if row['window'] is None else row['window']} | {row['perplexity']:.3f} | "
+        + ("" if row["window"] is None else f"{row['relative']:+.2%} ± {row['error']:.2%}")
+        + " |\n"
+        for row in result["perplexity"]
+    )
+    return (
+        f"## Accuracy\n\nThe shipped tiny model, {result['texts']} held-out texts of {result['context']} tokens: mean "
+        "cosine of its keys and values with what a cache makes of them, and perplexity of each text's second half, "
+        "one token a step. It has one layer of full attention.\n\n"
+        f"| | keys | values |\n|---|---|---|\n{cosines}\n"
+        f"| | exact window | perplexity | above BF16 |\n|---|---|---|---|\n{perplexity}\n"
+    )
+
+
 def planner(result: dict[str, Any]) -> str:
     rows = ""
     for row in result["rows"]:
@@ -197,6 +258,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "codec_ideas": codec_ideas,
     "moe_layer": moe_layer,
+    "kv_cache": kv_cache,
 }
 
 

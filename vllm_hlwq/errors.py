@@ -7,3 +7,7 @@ class ExpertCacheError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, converted or written."""
+
+
+class KVCacheError(ValueError):
+    """A request to the KV cache that cannot be honoured."""
