@@ -59,6 +59,8 @@ class HlwqSource:
     ) -> None:
         self.path = path
         self.device = device or torch.device("cpu")
+        self.result_device = torch.device("cpu")
+        """Where decoded rows are given out."""
         self.folder = TensorFolder(path)
         self.base = PlainSource(base_model) if base_model else None
         self.hashes = HashList.read(self.folder)
@@ -177,7 +179,7 @@ class HlwqSource:
 
     def _decoded_rows(self, stored: list[StoredMatrix], start: int, stop: int) -> torch.Tensor:
         per_matrix = stored[0].rows
-        out = torch.empty(stop - start, stored[0].in_features, dtype=torch.bfloat16)
+        out = torch.empty(stop - start, stored[0].in_features, dtype=torch.bfloat16, device=self.result_device)
         for index in range(start // per_matrix, (stop - 1) // per_matrix + 1):
             offset = index * per_matrix
             low, high = max(start, offset), min(stop, offset + per_matrix)

@@ -1,0 +1,115 @@
+"""transformers' quantizer for HLWQ: opens the checkpoint, and says what of the model stays coded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+
+from ..errors import CheckpointError
+from .config import HLWQConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.reader import HlwqSource
+    from .state_dict import LazyTensor
+
+
+class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads one model.
+
+    Args:
+        quantization_config: what the checkpoint and the user say.
+        pre_quantized: whether the checkpoint says that it is coded.
+    """
+
+    requires_calibration = False
+    quantization_config: HLWQConfig
+
+    def __init__(self, quantization_config: HLWQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._source: HlwqSource | None = None
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The first that transformers shows of the checkpoint: name the file of folders with an old one only."""
+        from ..checkpoint.tensor_folder import POLAR_STATE
+
+        folder = Path(config.name_or_path or "")
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if POLAR_STATE in names and not any(name.startswith("model") and ".safetensors" in name for name in names):
+            config.transformers_weights = POLAR_STATE
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        from . import loading
+
+        loading.install()
+        if not checkpoint_files:
+            raise CheckpointError("HLWQ weights are read from a checkpoint's files; give from_pretrained its folder")
+        self._source = self._open(Path(checkpoint_files[0]).parent, decoding_device(device_map))
+
+    def _open(self, folder: Path, device: torch.device) -> HlwqSource:
+        from ..checkpoint.reader import HlwqSource
+
+        options = self.quantization_config
+        base = Path(options.base_model) if options.base_model else None
+        with ordinary_tensors():
+            source = HlwqSource(folder, base, options.codebook, device)  # type: ignore[arg-type]
+        source.result_device = device
+        return source
+
+    def tensors(self) -> Mapping[str, LazyTensor] | None:
+        """Every tensor of the checkpoint, for ``loading``."""
+        from .state_dict import SourceTensors
+
+        if self._source is None:
+            return None
+        tensors = SourceTensors(self._source)
+        return {name: tensors.weight(name) for name in self._source.parameters}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..checkpoint.tensor_folder import POLAR_STATE
+
+        self._source = None
+        if getattr(model.config, "transformers_weights", None) == POLAR_STATE:
+            del model.config.transformers_weights
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """New tensors are float32 on the CPU; while transformers builds a model they are of its dtype, without memory."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def decoding_device(device_map: Any) -> torch.device:
+    """Where to decode: the first accelerator that a part of the model goes to, else the CPU."""
+    import torch
+
+    if isinstance(device_map, str):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for place in (device_map or {}).values():
+        if place not in ("cpu", "disk", "meta") and torch.device(place).type == "cuda":
+            return torch.device(place)
+    return torch.device("cpu")
