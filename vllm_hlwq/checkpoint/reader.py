@@ -6,7 +6,7 @@ is refused by name before a weight is used, and where the file lists SHA-256 sum
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +183,21 @@ class HlwqSource:
         for index in range(start // per_matrix, (stop - 1) // per_matrix + 1):
             offset = index * per_matrix
             low, high = max(start, offset), min(stop, offset + per_matrix)
-            for key in stored[index].keys:
-                self._check_hash(key)
-            self._decode(stored[index], low - offset, high - offset, out[low - start : high - start])
+            coded = self._coded_rows(stored[index], low - offset, high - offset)
+            dequantize_matrix(coded, self.coder(stored[index]), out=out[low - start : high - start])
         return out
 
-    def _decode(self, matrix: StoredMatrix, start: int, stop: int, out: torch.Tensor) -> None:
+    def coded(self, name: str) -> Iterator[CodedMatrix]:
+        """The matrices of a coded parameter, a stack's by expert and then gate before up, with codes MSB-first.
+
+        Do not write to them: they may be the files' own memory.
+        """
+        for matrix in self.matrices[name]:
+            yield self._coded_rows(matrix, 0, matrix.rows)
+
+    def _coded_rows(self, matrix: StoredMatrix, start: int, stop: int) -> CodedMatrix:
+        for key in matrix.keys:
+            self._check_hash(key)
         norms = matrix.norms(self.folder)[start:stop]
         wrong = torch.nonzero(~((norms >= 0) & norms.isfinite()))
         if len(wrong):
@@ -197,8 +206,7 @@ class HlwqSource:
             raise CheckpointError(
                 f"{file}: {matrix.norms_key} is {value} for block {block} of row {start + row}, not a norm; {REMEDY}"
             )
-        packed = matrix.packed_rows(self.folder, start, stop)
-        dequantize_matrix(CodedMatrix(packed, norms, matrix.in_features), self.coder(matrix), out=out)
+        return CodedMatrix(matrix.packed_rows(self.folder, start, stop), norms, matrix.in_features)
 
     def _check_hash(self, key: str) -> None:
         if self.hashes is not None and key in self.folder.tensors:

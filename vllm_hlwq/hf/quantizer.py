@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.reader import HlwqSource
+    from .coding_plan import CodingPlan
     from .state_dict import LazyTensor
 
 
@@ -33,6 +34,7 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: HLWQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._source: HlwqSource | None = None
+        self._plan: CodingPlan | None = None
 
     def update_tp_plan(self, config: Any) -> Any:
         """The first that transformers shows of the checkpoint: name the file of folders with an old one only."""
@@ -47,12 +49,15 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from . import loading
+        from . import coding_plan, loading
 
         loading.install()
         if not checkpoint_files:
             raise CheckpointError("HLWQ weights are read from a checkpoint's files; give from_pretrained its folder")
         self._source = self._open(Path(checkpoint_files[0]).parent, decoding_device(device_map))
+        if not self.quantization_config.dequantize:
+            self._plan = coding_plan.plan(model, self._source)
+            coding_plan.apply(model, self._plan.layouts)
 
     def _open(self, folder: Path, device: torch.device) -> HlwqSource:
         from ..checkpoint.reader import HlwqSource
@@ -71,7 +76,11 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._source is None:
             return None
         tensors = SourceTensors(self._source)
-        return {name: tensors.weight(name) for name in self._source.parameters}
+        found = {}
+        for name in self._source.parameters:
+            layout = self._plan.sources.get(name) if self._plan else None
+            found.update({name: tensors.weight(name)} if layout is None else tensors.codes(name, layout))
+        return found
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ..checkpoint.tensor_folder import POLAR_STATE

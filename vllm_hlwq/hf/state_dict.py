@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 from ..checkpoint.reader import HlwqSource
 from ..checkpoint.tensor_folder import DTYPE_NAMES
+from .coded_weight import CodeFormat
+from .coding_plan import codes_of
+from .modules import NORMS, PACKED
 
 
 class LazyTensor:
@@ -61,3 +65,15 @@ class SourceTensors:
             return self._source.rows(name, 0, parameter.rows).reshape(parameter.shape).clone()
 
         return LazyTensor(read, parameter.dtype, parameter.shape)
+
+    def codes(self, name: str, layout: CodeFormat) -> dict[str, LazyTensor]:
+        """A coded parameter's codes and norms, by the names that coded modules have for them."""
+        rows = self._source.parameters[name].shape[:-1]
+
+        def read(part: int) -> torch.Tensor:
+            return codes_of(self._source, name)[part]
+
+        return {
+            name + PACKED: LazyTensor(partial(read, 0), torch.uint8, (*rows, layout.row_bytes)),
+            name + NORMS: LazyTensor(partial(read, 1), torch.int16, (*rows, layout.blocks)),
+        }

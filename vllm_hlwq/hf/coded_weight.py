@@ -1,0 +1,164 @@
+"""A weight that stays coded, and the products that a model needs of it.
+
+The activation is rotated instead of the weight: ``y = (x H) (W H)^T``, where ``W H`` are the levels that the codes name
+times their block's norm. That saves the product with H over all of the weight, which is most of decoding's time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+
+import torch
+from torch.nn import functional
+
+from ..codec import BlockCoder, CodedMatrix, blocks_of, dequantize_matrix, packed_size
+from ..codec.chunks import for_each_chunk
+
+CHUNK_WEIGHTS = 2**19
+"""Weights that a thread decodes and multiplies at a time: in BF16 they fit a core's own cache."""
+GPU_KERNEL_ROWS = 64
+"""Most activations for which decoding in the kernel beats a decoded weight and a library's product."""
+
+
+@dataclass(frozen=True, eq=False)
+class CodeFormat:
+    """What codes stand for.
+
+    table: float32 levels ``[2 ** bits]``, on the CPU.
+    block_size: weights that share a norm.
+    in_features: columns of the weight, before a row's last block was filled up.
+    """
+
+    table: torch.Tensor
+    block_size: int
+    in_features: int
+
+    @property
+    def bits(self) -> int:
+        return len(self.table).bit_length() - 1
+
+    @property
+    def blocks(self) -> int:
+        return blocks_of(self.in_features, self.block_size)
+
+    @property
+    def row_bytes(self) -> int:
+        return packed_size(self.blocks * self.block_size, self.bits)
+
+    def same(self, other: CodeFormat) -> bool:
+        """Do codes of both stand for the same?"""
+        sizes = (self.block_size, self.in_features) == (other.block_size, other.in_features)
+        return sizes and torch.equal(self.table, other.table)
+
+    @cached_property
+    def _coders(self) -> dict[torch.device, BlockCoder]:
+        return {}
+
+    def coder(self, device: torch.device) -> BlockCoder:
+        """The coder on a device, made at its first use."""
+        if device not in self._coders:
+            self._coders[device] = shared_coder(self.table, self.block_size, device)
+        return self._coders[device]
+
+
+_shared: list[BlockCoder] = []
+_working = Lock()
+"""A coder's working memory serves one caller at a time; a model may be called on several threads."""
+
+
+def shared_coder(table: torch.Tensor, block_size: int, device: torch.device) -> BlockCoder:
+    """One coder for all weights of a table: its working memory is as large as a chunk."""
+    for coder in _shared:
+        if (coder.block_size, coder.device) == (block_size, device) and torch.equal(coder.table.cpu(), table):
+            return coder
+    _shared.append(BlockCoder(table, block_size, device))
+    return _shared[-1]
+
+
+def norm_values(norms: torch.Tensor) -> torch.Tensor:
+    """Norms as numbers. They are kept as int16, which a model's change of dtype leaves alone; float16 it would round."""
+    return norms.view(torch.float16)
+
+
+def rotate(activation: torch.Tensor, layout: CodeFormat) -> torch.Tensor:
+    """``x H`` by blocks, padded with zeros: ``[tokens, blocks * block_size]`` of the activation's dtype.
+
+    Args:
+        activation: ``[tokens, in_features]``.
+        layout: of the weight that it will meet.
+    """
+    width = layout.blocks * layout.block_size
+    if width != layout.in_features:
+        activation = functional.pad(activation, (0, width - layout.in_features))
+    hadamard = layout.coder(activation.device).hadamard
+    blocks = activation.float().view(-1, layout.block_size)
+    rotated = torch.mm(blocks, hadamard).mul_(layout.block_size**-0.5)
+    return rotated.to(activation.dtype).view(-1, width)
+
+
+def coded_linear(
+    activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
+) -> torch.Tensor:
+    """The product with a coded weight's transpose.
+
+    Args:
+        activation: ``[..., in_features]``, floating.
+        packed: uint8 ``[out_features, row_bytes]``, codes MSB-first, on the activation's device.
+        norms: int16 ``[out_features, blocks]``, the bits of float16 numbers.
+        layout: of the codes.
+
+    Returns:
+        ``[..., out_features]`` of the activation's dtype.
+
+    Raises:
+        RuntimeError: a gradient is asked for, which codes do not have.
+    """
+    if torch.is_grad_enabled() and activation.requires_grad:
+        raise RuntimeError("HLWQ codes have no gradient: load the model with HLWQConfig(mode='decode') to train it")
+    flat = activation.reshape(-1, layout.in_features)
+    if not activation.is_cuda:
+        out = _linear_on_cpu(flat, packed, norms, layout)
+    elif len(flat) <= GPU_KERNEL_ROWS:
+        from .rotated_kernel import rotated_linear
+
+        out = rotated_linear(rotate(flat, layout), packed, norms, layout)
+    else:
+        out = functional.linear(flat, decode(packed, norms, layout, flat.dtype))
+    return out.view(*activation.shape[:-1], len(packed))
+
+
+def _linear_on_cpu(
+    activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
+) -> torch.Tensor:
+    rotated = rotate(activation, layout)
+    out = torch.empty(len(activation), len(packed), dtype=activation.dtype)
+    # The table is divided by the block size, the rotation by its root only.
+    scales = norm_values(norms).float() * math.sqrt(layout.block_size)
+
+    def multiply_rows(coder: BlockCoder, start: int, stop: int) -> None:
+        decoded = coder.decode_rotated(packed[start:stop].view(-1), scales[start:stop].view(-1))
+        weight = coder.scratch.take("blocks", (stop - start, rotated.shape[1]), rotated.dtype)
+        weight.copy_(decoded.view(weight.shape))
+        out[:, start:stop] = functional.linear(rotated, weight)
+
+    step = max(1, CHUNK_WEIGHTS // rotated.shape[1])
+    with _working:
+        for_each_chunk(multiply_rows, layout.coder(activation.device), len(packed), step)
+    return out
+
+
+def decode(packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``[rows, in_features]`` of a coded weight, with the bits that decoding a checkpoint gives.
+
+    Args:
+        packed: uint8 ``[rows, row_bytes]``.
+        norms: int16 ``[rows, blocks]``.
+        layout: of the codes.
+        dtype: of the result; the weights are rounded to BF16 first, as a decoded checkpoint's are.
+    """
+    coded = CodedMatrix(packed.reshape(-1), norm_values(norms), layout.in_features)
+    with _working:
+        return dequantize_matrix(coded, layout.coder(packed.device)).to(dtype)
