@@ -252,23 +252,15 @@ class BlockCoder:
 
     def decode(self, packed: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """Weights float32 ``[m, block_size]`` of packed codes and norms [m]; in scratch memory until the next call."""
-        return self._unrotate(self._scaled_levels(packed, len(norms)), norms)
-
-    def decode_rotated(self, packed: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """As ``decode``, but without the rotation back: its product with ``hadamard`` are the weights."""
-        return self._scaled_levels(packed, len(norms)).mul_(norms.float().unsqueeze(1))
-
-    def _scaled_levels(self, packed: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Levels of packed codes over the block size, float32 ``[blocks, block_size]``, in scratch memory."""
-        count = blocks * self.block_size
-        levels = self.scratch.take("rotated", (blocks, self.block_size), torch.float32)
+        count = len(norms) * self.block_size
+        levels = self.scratch.take("rotated", (len(norms), self.block_size), torch.float32)
         if self.bits == 8:
             index = self.scratch.take("indices", (count,), torch.int32).copy_(packed)
             torch.index_select(self._scaled, 0, index, out=levels.view(-1))
         else:
             pairs = unpack_pairs(packed, count, self.bits, self.scratch)
             torch.index_select(self._pairs, 0, pairs, out=levels.view(-1).view(torch.float64))
-        return levels
+        return self._unrotate(levels, norms)
 
     def decode_codes(self, codes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """As ``decode``, from codes uint8 ``[m, block_size]``."""

@@ -6,7 +6,6 @@ times their block's norm. That saves the product with H over all of the weight, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -17,8 +16,8 @@ from torch.nn import functional
 from ..codec import BlockCoder, CodedMatrix, blocks_of, dequantize_matrix, packed_size
 from ..codec.chunks import for_each_chunk
 
-CHUNK_WEIGHTS = 2**19
-"""Weights that a thread decodes and multiplies at a time: in BF16 they fit a core's own cache."""
+CHUNK_WEIGHTS = 2**20
+"""Weights that a thread decodes and multiplies at a time: in BF16 they fit a core's own cache, and calls cost little."""
 GPU_KERNEL_ROWS = 64
 """Most activations for which decoding in the kernel beats a decoded weight and a library's product."""
 
@@ -133,20 +132,23 @@ def coded_linear(
 def _linear_on_cpu(
     activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
 ) -> torch.Tensor:
+    from .rotated_cpu import decode_rotated
+
     rotated = rotate(activation, layout)
     out = torch.empty(len(activation), len(packed), dtype=activation.dtype)
-    # The table is divided by the block size, the rotation by its root only.
-    scales = norm_values(norms).float() * math.sqrt(layout.block_size)
+    levels = layout.table * layout.block_size**-0.5
+    scales = norm_values(norms).float()
+    direct = rotated.dtype in (torch.bfloat16, torch.float32)
 
     def multiply_rows(coder: BlockCoder, start: int, stop: int) -> None:
-        decoded = coder.decode_rotated(packed[start:stop].view(-1), scales[start:stop].view(-1))
-        weight = coder.scratch.take("blocks", (stop - start, rotated.shape[1]), rotated.dtype)
-        weight.copy_(decoded.view(weight.shape))
-        out[:, start:stop] = functional.linear(rotated, weight)
+        # Fresh memory would cost more than what is computed: the system clears each of its pages.
+        shape = (stop - start, rotated.shape[1])
+        weight = coder.scratch.take("blocks", shape, rotated.dtype if direct else torch.float32)
+        decode_rotated(packed[start:stop], scales[start:stop], levels, layout.block_size, weight)
+        out[:, start:stop] = functional.linear(rotated, weight.to(rotated.dtype))
 
     step = max(1, CHUNK_WEIGHTS // rotated.shape[1])
-    with _working:
-        for_each_chunk(multiply_rows, layout.coder(activation.device), len(packed), step)
+    for_each_chunk(multiply_rows, layout.coder(activation.device), len(packed), step)
     return out
 
 
