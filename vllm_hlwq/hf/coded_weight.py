@@ -56,6 +56,16 @@ class CodeFormat:
     def _coders(self) -> dict[torch.device, BlockCoder]:
         return {}
 
+    @cached_property
+    def _levels(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def levels(self, device: torch.device) -> torch.Tensor:
+        """The table over the root of the block size, what a normalised rotation's product wants: float32."""
+        if device not in self._levels:
+            self._levels[device] = (self.table * self.block_size**-0.5).to(device)
+        return self._levels[device]
+
     def coder(self, device: torch.device) -> BlockCoder:
         """The coder on a device, made at its first use."""
         if device not in self._coders:
@@ -136,7 +146,7 @@ def _linear_on_cpu(
 
     rotated = rotate(activation, layout)
     out = torch.empty(len(activation), len(packed), dtype=activation.dtype)
-    levels = layout.table * layout.block_size**-0.5
+    levels = layout.levels(activation.device)
     scales = norm_values(norms).float()
     direct = rotated.dtype in (torch.bfloat16, torch.float32)
 
