@@ -21,6 +21,9 @@ CHUNK_WEIGHTS = 2**20
 GPU_KERNEL_ROWS = 64
 """Most activations for which decoding in the kernel beats a decoded weight and a library's product."""
 
+GPU_KERNEL_BLOCK = 16
+"""Least block size of the kernel: tensor cores take no fewer products at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class CodeFormat:
@@ -130,7 +133,7 @@ def coded_linear(
     flat = activation.reshape(-1, layout.in_features)
     if not activation.is_cuda:
         out = _linear_on_cpu(flat, packed, norms, layout)
-    elif len(flat) <= GPU_KERNEL_ROWS:
+    elif len(flat) <= GPU_KERNEL_ROWS and layout.block_size >= GPU_KERNEL_BLOCK:
         from .rotated_kernel import rotated_linear
 
         out = rotated_linear(rotate(flat, layout), packed, norms, layout)

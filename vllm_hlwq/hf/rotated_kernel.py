@@ -15,37 +15,37 @@ import triton.language as tl
 if TYPE_CHECKING:
     from .coded_weight import CodeFormat
 
-ROWS_ONE_TOKEN = 8
-"""Output features of a program; a weight of 4,096 rows then keeps all processors of a large GPU busy."""
-ROWS, TOKENS = 32, 16
+ROWS_ONE_TOKEN, GROUPS = 4, 128
+"""Of a program: output features, and groups of eight codes in flight, enough to hide the memory's latency."""
+ROWS, MOST_TOKENS = 16, 64
 """Of a tile; 16 is the least that the tensor cores take."""
 
 
 @triton.jit
 def _one_token(
     x_ptr, packed_ptr, norms_ptr, levels_ptr, out_ptr, rows, blocks, row_bytes,
-    BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One row of x ``[blocks * BLOCK_SIZE]``. Each lane takes eight codes, which are BITS whole bytes."""
-    GROUPS: tl.constexpr = BLOCK_SIZE // 8
+    """One row of x ``[blocks * BLOCK_SIZE]``. Each element takes eight codes, which are BITS whole bytes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    group = tl.arange(0, GROUPS)
-    total = tl.zeros((ROWS,), tl.float32)
-    for block in range(0, blocks):
-        start = packed_ptr + row[:, None].to(tl.int64) * row_bytes + (block * GROUPS + group[None, :]) * BITS
+    total = tl.zeros((ROWS, GROUPS), tl.float32)
+    groups = blocks * (BLOCK_SIZE // 8)
+    for start in range(0, groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        there = group < groups
+        inside = (row < rows)[:, None] & there[None, :]
+        source = packed_ptr + row[:, None].to(tl.int64) * row_bytes + group[None, :] * BITS
         word = tl.zeros((ROWS, GROUPS), tl.uint64)
         for index in tl.static_range(BITS):
-            byte = tl.load(start + index, mask=inside[:, None], other=0)
-            word = (word << 8) | byte.to(tl.uint64)
+            word = (word << 8) | tl.load(source + index, mask=inside, other=0).to(tl.uint64)
         dot = tl.zeros((ROWS, GROUPS), tl.float32)
         for code in tl.static_range(8):
             which = ((word >> (BITS * (7 - code))) & ((1 << BITS) - 1)).to(tl.int32)
-            x = tl.load(x_ptr + block * BLOCK_SIZE + group * 8 + code).to(tl.float32)
+            x = tl.load(x_ptr + group * 8 + code, mask=there, other=0).to(tl.float32)
             dot += tl.load(levels_ptr + which) * x[None, :]
-        norm = tl.load(norms_ptr + row.to(tl.int64) * blocks + block, mask=inside, other=0).to(tl.float32)
-        total += norm * tl.sum(dot, axis=1)
-    tl.store(out_ptr + row, total.to(out_ptr.dtype.element_ty), mask=inside)
+        place = row[:, None].to(tl.int64) * blocks + group[None, :] // (BLOCK_SIZE // 8)
+        total += tl.load(norms_ptr + place, mask=inside, other=0).to(tl.float32) * dot
+    tl.store(out_ptr + row, tl.sum(total, axis=1).to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -99,10 +99,12 @@ def rotated_linear(
     shared = (packed, norms.view(torch.float16), levels, out)
     sizes = (rows, layout.blocks, layout.row_bytes)
     constants = {"BITS": layout.bits, "BLOCK_SIZE": layout.block_size}
-    if tokens == 1:
-        grid = (triton.cdiv(rows, ROWS_ONE_TOKEN),)
-        _one_token[grid](rotated, *shared, *sizes, **constants, ROWS=ROWS_ONE_TOKEN, num_warps=4)
-    else:
-        grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))
-        _several_tokens[grid](rotated, *shared, tokens, *sizes, **constants, ROWS=ROWS, TOKENS=TOKENS, num_warps=4)
+    with torch.cuda.device_of(rotated):
+        if tokens == 1:
+            grid = (triton.cdiv(rows, ROWS_ONE_TOKEN),)
+            _one_token[grid](rotated, *shared, *sizes, **constants, ROWS=ROWS_ONE_TOKEN, GROUPS=GROUPS, num_warps=4)
+        else:
+            tile = min(MOST_TOKENS, max(16, triton.next_power_of_2(tokens)))
+            grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, tile))
+            _several_tokens[grid](rotated, *shared, tokens, *sizes, **constants, ROWS=ROWS, TOKENS=tile, num_warps=4)
     return out
