@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -123,23 +124,32 @@ def coded_linear(
         layout: of the codes.
 
     Returns:
-        ``[..., out_features]`` of the activation's dtype.
-
-    Raises:
-        RuntimeError: a gradient is asked for, which codes do not have.
+        ``[..., out_features]`` of the activation's dtype. Gradients reach the activation, not the codes.
     """
-    if torch.is_grad_enabled() and activation.requires_grad:
-        raise RuntimeError("HLWQ codes have no gradient: load the model with HLWQConfig(mode='decode') to train it")
     flat = activation.reshape(-1, layout.in_features)
-    if not activation.is_cuda:
-        out = _linear_on_cpu(flat, packed, norms, layout)
-    elif len(flat) <= GPU_KERNEL_ROWS and layout.block_size >= GPU_KERNEL_BLOCK:
-        from .rotated_kernel import rotated_linear
-
-        out = rotated_linear(rotate(flat, layout), packed, norms, layout)
-    else:
-        out = functional.linear(flat, decode(packed, norms, layout, flat.dtype))
+    out: torch.Tensor = _Product.apply(flat, packed, norms, layout)  # type: ignore[no-untyped-call]
     return out.view(*activation.shape[:-1], len(packed))
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, norms)
+        ctx.layout = layout
+        if not activation.is_cuda:
+            return _linear_on_cpu(activation, packed, norms, layout)
+        if len(activation) <= GPU_KERNEL_ROWS and layout.block_size >= GPU_KERNEL_BLOCK:
+            from .rotated_kernel import rotated_linear
+
+            return rotated_linear(rotate(activation, layout), packed, norms, layout)
+        return functional.linear(activation, decode(packed, norms, layout, activation.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        packed, norms = ctx.saved_tensors
+        return grad @ decode(packed, norms, ctx.layout, grad.dtype), None, None, None
 
 
 def _linear_on_cpu(

@@ -85,11 +85,11 @@ def plan(model: Any, source: HlwqSource) -> CodingPlan:
         parts[target].append(name)
         if not by_rows or name not in source.matrices:
             excluded.add(target)
-    ties = _tie_groups(model)
+    ties = tie_groups(model)
     found = CodingPlan()
     for target, names in parts.items():
         tied = ties.get(target, {target})
-        if tied & excluded or not all(_can_be_coded(model, other) for other in tied):
+        if tied & excluded or not all(can_stay_coded(model, other) for other in tied):
             continue
         layouts = [layout_of(source, name) for name in names]
         first = layouts[0]
@@ -102,7 +102,8 @@ def plan(model: Any, source: HlwqSource) -> CodingPlan:
     return found
 
 
-def _tie_groups(model: Any) -> dict[str, set[str]]:
+def tie_groups(model: Any) -> dict[str, set[str]]:
+    """For each parameter that is tied to others, all of them."""
     groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         group = groups.setdefault(source, {source})
@@ -111,7 +112,8 @@ def _tie_groups(model: Any) -> dict[str, set[str]]:
     return groups
 
 
-def _can_be_coded(model: Any, name: str) -> bool:
+def can_stay_coded(model: Any, name: str) -> bool:
+    """Does the module that has a parameter of this name compute from codes of it?"""
     owner, _, parameter = name.rpartition(".")
     try:
         module = model.get_submodule(owner)

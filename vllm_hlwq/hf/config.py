@@ -50,6 +50,7 @@ class HLWQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.codebook = codebook
         self.fit = fit
         self.modules_to_not_convert = modules_to_not_convert
+        self.block_size = BLOCK_SIZE
         for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
                 listed = ", ".join(str(choice) for choice in choices if choice is not None)
@@ -79,7 +80,7 @@ class HLWQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "quant_method": self.quant_method,
             "format": f"hlwq-q{self.bits}",
             "bits": self.bits,
-            "block_size": BLOCK_SIZE,
+            "block_size": self.block_size,
             "norm_dtype": "float16",
             "packing": "msb",
             "rotation": "sylvester",

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import CheckpointError
 
@@ -22,11 +22,16 @@ PARAMETERS = ("model", "state_dict", "load_config")
 _REMEDY = "download the checkpoint again, or give the 16-bit model with HLWQConfig(base_model=...)"
 
 
+@runtime_checkable
 class TensorProvider(Protocol):
-    """A quantizer that knows where its model's tensors are."""
+    """A quantizer that has a say in what its model is filled with."""
 
     def tensors(self) -> Mapping[str, Any] | None:
         """Tensors by name in the checkpoint; None to load the files as they are."""
+        ...
+
+    def loaded(self, model: Any, info: Any) -> None:
+        """Called when all tensors are in the model, with the loader's report, before what is missing is started."""
         ...
 
 
@@ -50,12 +55,14 @@ def install() -> None:
     @wraps(load)
     def load_from_provider(model: Any, state_dict: Any, load_config: Any, **options: Any) -> Any:
         provider = load_config.hf_quantizer
-        tensors = provider.tensors() if hasattr(provider, "tensors") else None
-        if tensors is None:
+        if not isinstance(provider, TensorProvider):
             return load(model=model, state_dict=state_dict, load_config=load_config, **options)
-        # Without its quantizer, so that dtypes and shapes are held to the model's as for any 16-bit checkpoint.
-        plain = replace(load_config, hf_quantizer=None)
-        result = load(model=model, state_dict=tensors, load_config=plain, **options)
+        tensors = provider.tensors()
+        if tensors is not None:
+            # Without its quantizer, so that dtypes and shapes are held to the model's as for any 16-bit checkpoint.
+            state_dict, load_config = tensors, replace(load_config, hf_quantizer=None)
+        result = load(model=model, state_dict=state_dict, load_config=load_config, **options)
+        provider.loaded(model, result[0])
         check_complete(model, result[0], load_config.pretrained_model_name_or_path)
         return result
 
