@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .coded_matrix import MatrixReader, StoredMatrix
 from .expected import ExpectedModel
 from .hashes import HashList
-from .metadata import read_settings
+from .metadata import AUTO_MAP, read_settings
 from .names import CODEBOOK_KEY, CodedGroup, canonical, check_slices, fold_unfused, group_keys
 from .sources import Parameter, PlainSource, check_finite, plain_rows
 from .tables import CodebookTables
@@ -94,7 +94,8 @@ class HlwqSource:
 
     def config(self) -> dict[str, Any]:
         config = self.folder.config() or (self.base.config() if self.base else {})
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+        own = {"auto_map": config.get("auto_map") == AUTO_MAP, "quantization_config": True}
+        return {key: value for key, value in config.items() if not own.get(key)}
 
     def folders(self) -> list[TensorFolder]:
         return [self.folder, *(self.base.folders() if self.base else [])]

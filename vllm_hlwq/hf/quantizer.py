@@ -125,11 +125,13 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return found
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..checkpoint.metadata import AUTO_MAP
         from ..checkpoint.tensor_folder import POLAR_STATE
 
         self._source = None
-        if getattr(model.config, "transformers_weights", None) == POLAR_STATE:
-            del model.config.transformers_weights
+        for name, value in (("transformers_weights", POLAR_STATE), ("auto_map", AUTO_MAP)):
+            if getattr(model.config, name, None) == value:
+                delattr(model.config, name)  # of the loaded files, not of the model
         if not self.pre_quantized or not self.quantization_config.dequantize:
             # Undone by ``saving``: transformers would not know how to split and name codes.
             self._conversions, model._weight_conversions = model._weight_conversions, []
