@@ -84,8 +84,9 @@ def check_complete(model: Any, info: Any, path: object) -> None:
     for name, found, wanted in sorted(info.mismatched_keys):
         raise CheckpointError(f"{path}: {name} is {list(found)}, the model's is {list(wanted)}; {_REMEDY}")
     for name, problem in sorted(info.conversion_errors.items()):
-        reason = str(problem).strip().splitlines()[-1]
-        raise CheckpointError(f"{path}: {name} cannot be made ({reason}); {_REMEDY}")
+        lines = str(problem).strip().splitlines()
+        reason = lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]  # then the traceback's end
+        raise CheckpointError(f"{path}: {name} cannot be made ({reason}); download or make the checkpoint again")
     ignored = model._keys_to_ignore_on_load_missing or ()
     for name in sorted(untied(info.missing_keys, model.all_tied_weights_keys)):
         if not any(re.search(pattern, name) for pattern in ignored):
