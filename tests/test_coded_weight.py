@@ -9,7 +9,7 @@ import torch
 from hlwq_files import Coded, pack_msb, table
 
 from vllm_hlwq.codec import NORM, BlockCoder, codebook, dequantize_matrix, quantize_matrix
-from vllm_hlwq.hf import coded_weight
+from vllm_hlwq.hf import rotated_cpu
 from vllm_hlwq.hf.coded_weight import CodeFormat, coded_linear, decode
 
 
@@ -18,7 +18,7 @@ from vllm_hlwq.hf.coded_weight import CodeFormat, coded_linear, decode
 def test_the_product_is_that_of_the_decoded_weight(
     rows: int, columns: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coded_weight, "CHUNK_WEIGHTS", 1024)  # several chunks, the last of fewer rows
+    monkeypatch.setattr(rotated_cpu, "CHUNK_WEIGHTS", 1024)  # several chunks, the last of fewer rows
     generator = torch.Generator().manual_seed(rows)
     coded = Coded.of(torch.randn(rows, columns, generator=generator), table("C"), block_size)
     packed = pack_msb(coded.codes, 5).view(rows, -1)
@@ -49,13 +49,11 @@ def test_all_widths(bits: int) -> None:
 
 def test_rotated_weights_are_rounded_to_the_nearest_bf16() -> None:
     """Ties to even, as torch rounds; norms of both ends of float16."""
-    from vllm_hlwq.hf.rotated_cpu import decode_rotated
-
     norms = torch.tensor([[0.0, 6e-8, 65504.0, 1.0, 3.1415]]).half().float()
     levels = codebook("C", 8)
     packed = torch.arange(5 * 128).to(torch.uint8).view(1, -1)
     out = torch.empty(1, 5 * 128, dtype=torch.bfloat16)
-    decode_rotated(packed, norms, levels, 128, out)
+    rotated_cpu.decode_rotated(packed, norms, levels, 128, out)
     wanted = levels[packed.long()].view(5, 128) * norms.view(5, 1)
     assert torch.equal(out.view(5, 128), wanted.bfloat16())
 

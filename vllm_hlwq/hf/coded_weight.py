@@ -15,10 +15,7 @@ import torch
 from torch.nn import functional
 
 from ..codec import BlockCoder, CodedMatrix, blocks_of, dequantize_matrix, packed_size
-from ..codec.chunks import for_each_chunk
 
-CHUNK_WEIGHTS = 2**20
-"""Weights that a thread decodes and multiplies at a time: in BF16 they fit a core's own cache, and calls cost little."""
 GPU_KERNEL_ROWS = 64
 """Most activations for which decoding in the kernel beats a decoded weight and a library's product."""
 
@@ -139,7 +136,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(packed, norms)
         ctx.layout = layout
         if not activation.is_cuda:
-            return _linear_on_cpu(activation, packed, norms, layout)
+            from .rotated_cpu import rotated_linear as linear_on_cpu
+
+            return linear_on_cpu(activation, packed, norms, layout)
         if len(activation) <= GPU_KERNEL_ROWS and layout.block_size >= GPU_KERNEL_BLOCK:
             from .rotated_kernel import rotated_linear
 
@@ -150,29 +149,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         packed, norms = ctx.saved_tensors
         return grad @ decode(packed, norms, ctx.layout, grad.dtype), None, None, None
-
-
-def _linear_on_cpu(
-    activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
-) -> torch.Tensor:
-    from .rotated_cpu import decode_rotated
-
-    rotated = rotate(activation, layout)
-    out = torch.empty(len(activation), len(packed), dtype=activation.dtype)
-    levels = layout.levels(activation.device)
-    scales = norm_values(norms).float()
-    direct = rotated.dtype in (torch.bfloat16, torch.float32)
-
-    def multiply_rows(coder: BlockCoder, start: int, stop: int) -> None:
-        # Fresh memory would cost more than what is computed: the system clears each of its pages.
-        shape = (stop - start, rotated.shape[1])
-        weight = coder.scratch.take("blocks", shape, rotated.dtype if direct else torch.float32)
-        decode_rotated(packed[start:stop], scales[start:stop], levels, layout.block_size, weight)
-        out[:, start:stop] = functional.linear(rotated, weight.to(rotated.dtype))
-
-    step = max(1, CHUNK_WEIGHTS // rotated.shape[1])
-    for_each_chunk(multiply_rows, layout.coder(activation.device), len(packed), step)
-    return out
 
 
 def decode(packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat, dtype: torch.dtype) -> torch.Tensor:
