@@ -1,4 +1,4 @@
-"""What the tests of HLWQ in transformers share: models to load, in 16 bit, coded, and as ``hlwq dequantize`` makes them."""
+"""What the tests of HLWQ in transformers share: models in 16 bit, coded, and as ``hlwq dequantize`` makes them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,12 @@ def test_only_the_experts_of_the_tokens_are_decoded(
     monkeypatch.setattr(modules, "coded_linear", count)
     ids = torch.tensor([[3, 9], [9, 5]])
     experts(torch.randn(2, 128, dtype=torch.bfloat16), ids, torch.full((2, 2), 0.5, dtype=torch.bfloat16))
-    wanted = {experts.codes(name)[0][expert].data_ptr() for name in modules.STACKS if name != "up_proj" for expert in (3, 5, 9)}
+    wanted = {
+        experts.codes(name)[0][expert].data_ptr()
+        for name in modules.STACKS
+        if name != "up_proj"
+        for expert in (3, 5, 9)
+    }
     assert sorted(seen) == sorted(wanted)
 
 

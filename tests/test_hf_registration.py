@@ -30,7 +30,9 @@ def run(code: str, **environment: str) -> str:
 
 def test_importing_is_cheap_and_imports_no_framework() -> None:
     code = "import sys, time; start = time.perf_counter(); import vllm_hlwq; print(time.perf_counter() - start); "
-    code += "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'transformers', 'vllm', 'numba'}))"
+    code += (
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'transformers', 'vllm', 'numba'}))"
+    )
     outputs = [run(code).splitlines() for _ in range(5)]
     assert min(float(seconds) for seconds, _ in outputs) < IMPORT_SECONDS
     assert {modules for _, modules in outputs} == {"[]"}
@@ -65,7 +67,9 @@ def test_the_checkpoints_own_file_registers(wanted: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("mode", ["decode", "coded"])
 def test_transformers_alone_imports_no_vllm(mode: str) -> None:
-    code = "import sys, vllm_hlwq" + LOAD.replace("OPTIONS", f", quantization_config=vllm_hlwq.HLWQConfig(mode={mode!r})")
+    code = "import sys, vllm_hlwq" + LOAD.replace(
+        "OPTIONS", f", quantization_config=vllm_hlwq.HLWQConfig(mode={mode!r})"
+    )
     assert run(code + "print('vllm' in sys.modules)").splitlines()[-1] == "False"
 
 

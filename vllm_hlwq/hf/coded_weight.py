@@ -89,7 +89,7 @@ def shared_coder(table: torch.Tensor, block_size: int, device: torch.device) -> 
 
 
 def norm_values(norms: torch.Tensor) -> torch.Tensor:
-    """Norms as numbers. They are kept as int16, which a model's change of dtype leaves alone; float16 it would round."""
+    """Norms as numbers. They are kept as int16, which a model's change of dtype leaves alone, unlike float16."""
     return norms.view(torch.float16)
 
 
@@ -130,7 +130,7 @@ def coded_linear(
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, norms)
@@ -146,7 +146,7 @@ class _Product(torch.autograd.Function):
         return functional.linear(activation, decode(packed, norms, layout, activation.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         packed, norms = ctx.saved_tensors
         return grad @ decode(packed, norms, ctx.layout, grad.dtype), None, None, None
 

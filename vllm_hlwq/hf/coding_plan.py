@@ -98,7 +98,7 @@ def plan(model: Any, source: HlwqSource) -> CodingPlan:
         if first.in_features != destinations._shapes[target].shape[-1]:
             continue  # the loader refuses the decoded weight by name
         found.sources.update(dict.fromkeys(names, first))
-        found.layouts.update({other: first for other in tied})
+        found.layouts.update(dict.fromkeys(tied, first))
     return found
 
 

@@ -85,7 +85,8 @@ def check_complete(model: Any, info: Any, path: object) -> None:
         raise CheckpointError(f"{path}: {name} is {list(found)}, the model's is {list(wanted)}; {_REMEDY}")
     for name, problem in sorted(info.conversion_errors.items()):
         lines = str(problem).strip().splitlines()
-        reason = lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]  # then the traceback's end
+        # The exception's own line comes before one that says where it was met.
+        reason = lines[-2] if len(lines) > 1 and lines[-1].startswith("Error") else lines[-1]
         raise CheckpointError(f"{path}: {name} cannot be made ({reason}); download or make the checkpoint again")
     ignored = model._keys_to_ignore_on_load_missing or ()
     for name in sorted(untied(info.missing_keys, model.all_tied_weights_keys)):

@@ -77,7 +77,7 @@ class CodedExperts(CodedModule):
     ) -> torch.Tensor:
         """Shapes: ``[tokens, hidden]``, ``[tokens, k]`` twice; the result like the first."""
         out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # stands for experts of another process
                 continue
             tokens, places = torch.where(top_k_index == expert)
@@ -95,7 +95,7 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @cache
-def _coded_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _coded_class(kind: Any) -> type[nn.Module]:
     name = f"Coded{kind.__name__}"
     if issubclass(kind, nn.Embedding):
         # Below the model's own class, whose forward scales what nn.Embedding's gives.
@@ -137,7 +137,7 @@ def make_coded(
     """
     weight = module._parameters.pop(name)
     if not isinstance(module, CodedModule):
-        module.__class__ = _coded_class(type(module))
+        module.__class__ = _coded_class(type(module))  # type: ignore[arg-type]
         module.layouts = {}
     module.layouts[name] = layout
     module.weight_dtype = weight.dtype

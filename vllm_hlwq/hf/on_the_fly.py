@@ -53,7 +53,7 @@ class CodeWeight(ConversionOps):  # type: ignore[misc]
     def __init__(self, options: HLWQConfig) -> None:
         self._options = options
         self._coders: dict[torch.device, BlockCoder] = {}
-        self._table = codebook(options.codebook or "C", options.bits)  # type: ignore[arg-type]
+        self._table = codebook(options.codebook or "C", options.bits)
 
     def __deepcopy__(self, memo: object) -> CodeWeight:
         return self
@@ -77,7 +77,9 @@ class CodeWeight(ConversionOps):  # type: ignore[misc]
         weight = weight[0] if isinstance(weight, list) else weight
         owner, _, name = full_layer_name.rpartition(".")
         packed, norms = self._code(weight)
-        make_coded(model.get_submodule(owner), name, CodeFormat(self._table, BLOCK_SIZE, weight.shape[-1]), packed, norms)
+        make_coded(
+            model.get_submodule(owner), name, CodeFormat(self._table, BLOCK_SIZE, weight.shape[-1]), packed, norms
+        )
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}

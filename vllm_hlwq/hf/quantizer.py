@@ -31,6 +31,7 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     quantization_config: HLWQConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: HLWQConfig, **kwargs: Any) -> None:
         super().__init__(copy(quantization_config), **kwargs)
@@ -81,7 +82,9 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.quantization_config.dequantize:
             self._plan = coding_plan.plan(model, self._source)
             if not self._plan.layouts:
-                raise CheckpointError(f"{self._source.path}: no layer of the model can keep its codes; use mode='decode'")
+                raise CheckpointError(
+                    f"{self._source.path}: no layer of the model can keep its codes; use mode='decode'"
+                )
             coding_plan.apply(model, self._plan.layouts)
             first = next(iter(self._plan.layouts.values()))
             self.quantization_config.bits, self.quantization_config.block_size = first.bits, first.block_size

@@ -4,6 +4,7 @@ Codes to rotated weights is one pass: unpack, look up, scale, round. As torch op
 their own, and took three times as long as the product that follows. A block's levels are multiplied by its norm and
 rounded once, in a table; its codes then are look-ups in it.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,6 +19,7 @@ import torch
 from numba import njit
 from torch.nn import functional
 
+from ..codec.chunks import single_threaded
 from ..codec.scratch import Scratch
 from .coded_weight import norm_values, rotate
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .coded_weight import CodeFormat
 
 CHUNK_WEIGHTS = 2**20
-"""Weights that a thread decodes and multiplies at a time: in BF16 they fit a core's own cache, and calls cost little."""
+"""Weights that a thread decodes and multiplies at a time: few enough for a core's cache, enough to be worth a call."""
 CPU = torch.device("cpu")
 
 
@@ -36,7 +38,7 @@ def _kernel(bits: int, to_bf16: bool) -> Callable[..., None]:
     half, sixteen, one, eight = np.uint32(0x7FFF), np.uint32(16), np.uint32(1), np.uint64(8)
     width = np.uint64(bits)
 
-    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    @njit(nogil=True)
     def decode(packed, norms, levels, out, block_size):  # type: ignore[no-untyped-def]
         scaled = np.empty(len(levels), out.dtype)
         for row in range(norms.shape[0]):
@@ -90,15 +92,10 @@ class _OwnMemory(threading.local):
 _own = _OwnMemory()
 
 
-def _single_threaded() -> None:
-    torch.get_num_threads()  # torch sets a new thread's number at its first use
-    torch.set_num_threads(1)
-
-
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that stay: torch's own would spin in wait of work for a while, on the cores that these need."""
-    return ThreadPoolExecutor(threads, "hlwq", _single_threaded)
+    return ThreadPoolExecutor(threads, "hlwq", single_threaded)
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

@@ -21,8 +21,8 @@ ROWS, MOST_TOKENS = 16, 64
 """Of a tile; 16 is the least that the tensor cores take."""
 
 
-@triton.jit
-def _one_token(
+@triton.jit  # type: ignore[untyped-decorator]
+def _one_token(  # type: ignore[no-untyped-def]
     x_ptr, packed_ptr, norms_ptr, levels_ptr, out_ptr, rows, blocks, row_bytes,
     BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +48,8 @@ def _one_token(
     tl.store(out_ptr + row, tl.sum(total, axis=1).to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
-def _several_tokens(
+@triton.jit  # type: ignore[untyped-decorator]
+def _several_tokens(  # type: ignore[no-untyped-def]
     x_ptr, packed_ptr, norms_ptr, levels_ptr, out_ptr, tokens, rows, blocks, row_bytes,
     BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -99,10 +99,11 @@ def rotated_linear(
     shared = (packed, norms.view(torch.float16), levels, out)
     sizes = (rows, layout.blocks, layout.row_bytes)
     constants = {"BITS": layout.bits, "BLOCK_SIZE": layout.block_size}
-    with torch.cuda.device_of(rotated):
+    with torch.cuda.device_of(rotated):  # type: ignore[no-untyped-call]
         if tokens == 1:
-            grid = (triton.cdiv(rows, ROWS_ONE_TOKEN),)
-            _one_token[grid](rotated, *shared, *sizes, **constants, ROWS=ROWS_ONE_TOKEN, GROUPS=GROUPS, num_warps=4)
+            _one_token[(triton.cdiv(rows, ROWS_ONE_TOKEN),)](
+                rotated, *shared, *sizes, **constants, ROWS=ROWS_ONE_TOKEN, GROUPS=GROUPS, num_warps=4
+            )
         else:
             tile = min(MOST_TOKENS, max(16, triton.next_power_of_2(tokens)))
             grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, tile))

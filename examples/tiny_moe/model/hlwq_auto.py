@@ -6,8 +6,9 @@ import here is in time. The configuration itself is the one that transformers ha
 
 from typing import Any
 
-import vllm_hlwq  # noqa: F401 - registers HLWQ with transformers
 from transformers import AutoConfig
+
+import vllm_hlwq  # noqa: F401 - registers HLWQ with transformers
 
 
 class HLWQAutoConfig:
