@@ -137,3 +137,11 @@ def test_gradients_reach_activations(hf_folders: dict[str, Folders]) -> None:
 def test_a_copy_computes_the_same(hf_folders: dict[str, Folders]) -> None:
     model = load(hf_folders["gemma4"].coded, "coded")
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_weights_can_be_tied_again(hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["gemma4"].coded, "coded")
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    assert model.lm_head.weight__packed is model.get_input_embeddings().weight__packed

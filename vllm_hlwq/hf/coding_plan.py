@@ -137,6 +137,7 @@ def tie_codes(model: Any, coded: set[str]) -> None:
         parts = (PACKED, NORMS) if target in coded else ("",)
         ties.update({target + part: source + part for part in parts})
     model.all_tied_weights_keys = ties
+    model._tied_weights_keys = dict(ties)  # what tie_weights() starts from when a user calls it
 
 
 def codes_of(source: HlwqSource, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -35,6 +36,14 @@ def register() -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, HLWQConfig)
 
 
+def _register_or_warn() -> None:
+    """In the midst of importing transformers, which vLLM cannot do without: what we lack there must not end it."""
+    try:
+        register()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        warnings.warn(f"vllm-hlwq cannot register HLWQ with this transformers: {error}", stacklevel=2)
+
+
 class _Waiting(MetaPathFinder):
     """Finds nothing, but registers when transformers' quantizers have been imported."""
 
@@ -50,7 +59,7 @@ class _Waiting(MetaPathFinder):
 
             def load_and_register(module: ModuleType) -> None:
                 load(module)
-                register()
+                _register_or_warn()
 
             spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
