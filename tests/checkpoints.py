@@ -14,6 +14,7 @@ from transformers import (
     Gemma4VisionConfig,
     Glm4MoeConfig,
     GptOssConfig,
+    LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -132,6 +133,11 @@ def gemma4_multimodal_config() -> PreTrainedConfig:
 def dense_config() -> PreTrainedConfig:
     """No experts at all."""
     return Qwen3Config(**COMMON, intermediate_size=128, num_key_value_heads=2)
+
+
+def llama_config() -> PreTrainedConfig:
+    """Dense, with an output head of its own; a hidden size that is no multiple of 128."""
+    return LlamaConfig(**COMMON | {"hidden_size": 160}, intermediate_size=192, num_key_value_heads=2)
 
 
 def write(config: PreTrainedConfig, out: Path, seed: int = 0, varied: bool = False, **save: Any) -> Path:

@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
+import hf_models
 import hlwq_files
 from int4_format import MODELS
 from quantizing import SHARD_BYTES
@@ -126,3 +127,9 @@ def varied_coded(varied_source: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("coded") / "out"
     quantize(varied_source, out, shard_bytes=SHARD_BYTES)
     return out
+
+
+@pytest.fixture(scope="session")
+def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, hf_models.Folders]:
+    """Models that transformers loads coded, decoded, and as they were."""
+    return {name: hf_models.make(name, tmp_path_factory.mktemp(name)) for name in hf_models.CONFIGS}

@@ -76,6 +76,7 @@ def test_shards_index_and_sums(varied_source: Path, varied_coded: Path) -> None:
         "quant_method": "polarengine", "format": "hlwq-q5", "bits": 5, "block_size": 128, "norm_dtype": "float16",
         "packing": "msb", "rotation": "sylvester", "codebook": "explicit", "modules_to_not_convert": ["norm", "router"],
     }  # fmt: skip
+    assert config.pop("auto_map") == {"AutoConfig": "hlwq_auto.HLWQAutoConfig"}
     assert config == json.loads((varied_source / "config.json").read_text())
     others = {path.name for path in varied_coded.iterdir()} - {file.name for file in files}
     assert others == {
