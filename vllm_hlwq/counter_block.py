@@ -46,7 +46,7 @@ class CounterReader:
         self._on_device = counters.device.type == "cuda"
         if self._on_device:
             torch.cuda.synchronize(counters.device)
-            self._stream = torch.cuda.Stream(counters.device)
+            self._stream = torch.cuda.Stream(counters.device)  # type: ignore[no-untyped-call]
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._host = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=True)
 

@@ -1,8 +1,8 @@
 """The API server's side of the metrics: what workers publish on vLLM's own /metrics and in its periodic log line.
 
-vLLM drops collectors whose ``_name`` begins with ``vllm:`` when it registers its own. Prometheus's collector of files has
-no such attribute and stays. A plugin in the group ``vllm.stat_logger_plugins`` could register later, but where one is
-installed vLLM keeps statistics even for those who turn them off (``--disable-log-stats``), and with the cache off too.
+vLLM drops collectors whose ``_name`` begins with ``vllm:`` when it registers its own. Prometheus's collector of files
+has no such attribute and stays. A plugin in the group ``vllm.stat_logger_plugins`` could register later, but where one
+is installed vLLM keeps statistics even for those who turn them off (``--disable-log-stats``), and with the cache off.
 """
 
 from __future__ import annotations
