@@ -54,9 +54,10 @@ class CounterReader:
         """The counters of each layer; waits for no step."""
         if not self._on_device:
             return self._counters.tolist()
-        with torch.cuda.stream(self._stream):
+        # A thread begins on device 0, which another rank may own.
+        with torch.cuda.device(self._counters.device), torch.cuda.stream(self._stream):
             self._host.copy_(self._counters, non_blocking=True)
-            self._copied.record(self._stream)
-        while not self._copied.query():  # type: ignore[no-untyped-call]
-            time.sleep(_POLL_SECONDS)
+            self._copied.record()  # type: ignore[no-untyped-call]
+            while not self._copied.query():  # type: ignore[no-untyped-call]
+                time.sleep(_POLL_SECONDS)
         return self._host.tolist()

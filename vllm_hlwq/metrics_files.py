@@ -62,7 +62,7 @@ def _remove(folder: Path, owner: int) -> None:
 
 
 class MetricFiles:
-    """The files of one process. One thread writes.
+    """The files of one rank. One thread writes.
 
     Args:
         folder: where they lie.
@@ -71,8 +71,8 @@ class MetricFiles:
 
     def __init__(self, folder: Path, labels: Mapping[str, str]) -> None:
         self._labels = dict(labels)
-        # Names that the client would not choose: a process can have files of its own.
-        name = f"hlwq-{os.getpid()}.db"
+        # Not the client's own name, which is the process: the folder can be vLLM's.
+        name = f"hlwq-{uuid.uuid4().hex}.db"
         self._files = {
             "counter": MmapedDict(str(folder / f"counter_{name}")),
             "gauge": MmapedDict(str(folder / f"gauge_sum_{name}")),
