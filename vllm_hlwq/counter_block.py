@@ -57,7 +57,7 @@ class CounterReader:
         # A thread begins on device 0, which another rank may own.
         with torch.cuda.device(self._counters.device), torch.cuda.stream(self._stream):
             self._host.copy_(self._counters, non_blocking=True)
-            self._copied.record()  # type: ignore[no-untyped-call]
+            self._copied.record()
             while not self._copied.query():  # type: ignore[no-untyped-call]
                 time.sleep(_POLL_SECONDS)
         return self._host.tolist()
