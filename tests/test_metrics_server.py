@@ -48,7 +48,7 @@ def started(model: Path, *arguments: str, **environment: str) -> Iterator[Server
 
 @pytest.fixture(scope="module")
 def single(tiny_int4: Path) -> Iterator[Server]:
-    with started(tiny_int4, VLLM_LOG_STATS_INTERVAL="8") as server:
+    with started(tiny_int4, VLLM_LOG_STATS_INTERVAL="6") as server:
         yield server
 
 
@@ -111,11 +111,11 @@ def log_parts(server: Server) -> list[tuple[float, float]]:
 def test_the_log_line_has_the_hit_rate_and_bytes_a_token_of_its_interval(single: Server) -> None:
     prompt, new_tokens = "If the file cannot be", 30
     for _ in range(4):  # a request can fall on both sides of a line
-        time.sleep(10)  # what came before is logged
+        time.sleep(7)  # what came before is logged
         lines, before = len(log_parts(single)), totals(counters(single)[0])
         complete(single, prompt, new_tokens)
         after = totals(counters(single)[0])
-        time.sleep(20)
+        time.sleep(13)
         new_lines = log_parts(single)[lines:]
         if len(new_lines) == 1:
             break
