@@ -103,11 +103,11 @@ def samples(folder: Path) -> dict[tuple[str, str, str], float]:
 
 
 def test_files_of_ranks_and_engines_are_added_up(tmp_path: Path) -> None:
-    for engine, report in (("0", {(HITS, ""): 5, (SLOTS, ""): 4}), ("0", {(HITS, ""): 2}), ("1", {(HITS, ""): 7})):
+    for engine, hits, slots in (("0", 5, 4), ("0", 2, 3), ("1", 8, 6)):
+        report = {(HITS, ""): hits, (SLOTS, ""): slots}
         MetricFiles(tmp_path, {"model_name": "m", "engine": engine}).write(report)
-    hits = "vllm:moe_expert_cache_hits_total"
-    expected = {(hits, "0", ""): 7, (hits, "1", ""): 7, ("vllm:moe_expert_cache_slots", "0", ""): 4}
-    assert samples(tmp_path) == expected
+    expected = {("hits_total", "0"): 7, ("hits_total", "1"): 8, ("slots", "0"): 7, ("slots", "1"): 6}
+    assert samples(tmp_path) == {(f"vllm:moe_expert_cache_{n}", e, ""): v for (n, e), v in expected.items()}
 
 
 def test_a_later_value_replaces_the_earlier_one_and_large_counts_are_exact(tmp_path: Path) -> None:
@@ -192,7 +192,9 @@ def test_several_api_servers_read_vllms_folder_and_only_their_parent_prepares_it
     assert exposed_samples(registry) == {"vllm:moe_expert_cache_queries_total": 3}
 
 
-def test_the_folder_goes_with_the_process_that_made_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several_servers", [False, True])
+def test_the_folder_goes_with_the_process_that_made_it(tmp_path: Path, several_servers: bool) -> None:
+    (tmp_path / "vllms").mkdir()
     code = (
         "import os, types\n"
         "from vllm_hlwq.metrics_files import create_folder\n"
@@ -202,9 +204,12 @@ def test_the_folder_goes_with_the_process_that_made_it(tmp_path: Path) -> None:
         "os.wait(); assert folder.is_dir(); print(folder)\n"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    if several_servers:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path / "vllms")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(tmp_path / "vllm-hlwq-x")]
-    assert not list(tmp_path.iterdir())
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == ({"vllms", "vllms/counter_a.db"} if several_servers else {"vllms"})
 
 
 def iteration(prompt_tokens: int, cached_tokens: int, generated: int) -> IterationStats:

@@ -33,8 +33,8 @@ def folder_of(instance_id: str) -> Path:
 def create_folder(vllm_config: Any) -> Path:
     """Make the folder of a new engine, before its processes start; it goes when this process exits.
 
-    It is a link to ``PROMETHEUS_MULTIPROC_DIR`` where that is set. vLLM's ids are short: if another engine's folder has
-    the name, the configuration gets a longer id.
+    It is a link to ``PROMETHEUS_MULTIPROC_DIR`` where that is set. If another engine has the name, the configuration
+    gets a new id.
     """
     shared = os.environ.get(MULTIPROCESS_VARIABLE)
     while True:
