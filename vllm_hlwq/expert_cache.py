@@ -64,7 +64,7 @@ class StepPlan:
 class SlotState:
     """Which expert sits in which of a layer's slots, when it was last needed, and what has been counted.
 
-    Tensors keep their addresses for life.
+    Tensors keep their addresses for life; only the counters can move, once and before anything is captured.
 
     Attributes:
         slot_of_expert: int32 [E], slot or ``EMPTY``.
@@ -107,6 +107,10 @@ class SlotState:
         self.stamp_of_slot.fill_(-1)
         self.clock.zero_()
         self.counters.zero_()
+
+    def count_in(self, counters: torch.Tensor) -> None:
+        """Go on counting in another int64 [len(COUNTERS)] on the same device, from what is counted so far."""
+        self.counters = counters.copy_(self.counters)
 
     def counts(self) -> dict[str, int]:
         """The counters by name; waits for the device."""

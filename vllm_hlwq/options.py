@@ -37,6 +37,11 @@ class ExpertCacheOptions(BaseModel):
         "twice the experts of a token.",
     )
 
+    metrics_per_layer: bool = Field(
+        default=False,
+        description="Give the expert cache's metrics on /metrics a label for the layer, instead of sums over layers.",
+    )
+
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ExpertCacheOptions:
         """Read the options out of vLLM's ``additional_config``; other keys there belong to others and are left alone.
@@ -74,5 +79,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = ", ".join(config_key(option) for option in ExpertCacheOptions.model_fields)
         return f"{name} is no option of the expert cache; known options: {known}"
+    if problem["type"] == "bool_type":
+        return f"{name}={value!r}: must be true or false"
     least = "0 (off)" if field == "cache_size" else "1"
     return f"{name}={value!r}: must be a whole number of experts, {least} or more"

@@ -54,6 +54,10 @@ def register() -> None:
                 vllm_config = stock_create_engine_config(self, *positional, **named)
             choose_loader(vllm_config)
             configure(vllm_config)
+            if vllm_config.parallel_config.worker_cls == WORKER and not self.disable_log_stats:
+                from .metrics_endpoint import expose
+
+                expose(vllm_config)
         except ValueError as error:
             ours = _own_error(error)
             if ours is None:
@@ -84,13 +88,10 @@ def add_flags(parser: Any) -> None:
         title="ExpertCache", description="Expert cache for mixture-of-experts models (vllm-hlwq)."
     )
     for name, field in ExpertCacheOptions.model_fields.items():
-        group.add_argument(
-            flag(name),
-            type=_whole_number,
-            default=None,
-            metavar="N",
-            help=f"{field.description} (default: {field.default})",
-        )
+        kind: dict[str, Any] = {"type": _whole_number, "metavar": "N"}
+        if field.annotation is bool:
+            kind = {"action": "store_true"}
+        group.add_argument(flag(name), default=None, help=f"{field.description} (default: {field.default})", **kind)
 
 
 def merge_flags(engine_args: Any, arguments: argparse.Namespace) -> None:
@@ -126,6 +127,11 @@ def configure(vllm_config: Any) -> None:
         if options.staging_size is not None:
             raise ExpertCacheError(
                 f"{flag('staging_size')} {options.staging_size} has no meaning without {flag('cache_size')}; "
+                "give a cache size, or remove it"
+            )
+        if options.metrics_per_layer:
+            raise ExpertCacheError(
+                f"{flag('metrics_per_layer')} has no meaning without {flag('cache_size')}; "
                 "give a cache size, or remove it"
             )
         return

@@ -40,9 +40,19 @@ BORROWED: dict[str, Borrowed] = {
         "vllm.engine.arg_utils",
         "EngineArgs",
         "extended with our flags and with the check of the finished configuration; vLLM has no hook for either",
-        ("add_cli_args", "from_cli_args", "create_engine_config", "additional_config"),
+        ("add_cli_args", "from_cli_args", "create_engine_config", "additional_config", "disable_log_stats"),
     ),
     "init_logger": Borrowed("vllm.logger", "init_logger", "log lines in vLLM's format and at its level"),
+    "LoggingStatLogger": Borrowed(
+        "vllm.v1.metrics.loggers",
+        "LoggingStatLogger",
+        "writes the periodic log line that the hit rate is appended to",
+    ),
+    "get_world_group": Borrowed(
+        "vllm.distributed.parallel_state",
+        "get_world_group",
+        "adds up the slots of an engine's ranks, once at start-up",
+    ),
     "current_platform": Borrowed("vllm.platforms", "current_platform", "tells a CPU runtime from a CUDA one"),
     "VLLM_MOE_SKIP_PADDING": Borrowed(
         "vllm.envs", "VLLM_MOE_SKIP_PADDING", "tells whether vLLM keeps its mask of padding rows up to date"

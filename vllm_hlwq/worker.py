@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from .counter_block import CounterBlock
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .gpt_oss_layer import OffloadedGptOssRoutedExperts
 from .host_expert_cache import HostExpertCache
 from .memory_check import Device, check_memory
+from .metrics import Layer
+from .metrics_publisher import MetricsPublisher, start_publisher
 from .moe_offload import OffloadedRoutedExperts, cached_layers
 from .options import ExpertCacheOptions
 from .vllm_compat import borrow
@@ -48,6 +51,8 @@ def install_layers() -> None:
 class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     """Worker whose model keeps its experts in a cache."""
 
+    _publisher: MetricsPublisher | None = None
+
     def load_model(self, **arguments: Any) -> None:
         self._check_memory()
         install_layers()
@@ -59,6 +64,7 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 "remove --moe-expert-cache-size"
             )
         logger.info(describe(list(caches.values())))
+        self._counter_block = CounterBlock([cache.table for cache in caches.values()])
 
     def _check_memory(self) -> None:
         if not borrow("current_platform").is_cuda():
@@ -72,7 +78,18 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         result = super().compile_or_warm_up_model()
         for cache in self._caches().values():
             cache.reset()
+        self._publish_metrics()
         return result
+
+    def _publish_metrics(self) -> None:
+        options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
+        layers = [
+            Layer(name, cache.num_slots, cache.record_bytes, all_resident=cache.table is None)
+            for name, cache in self._caches().items()
+        ]
+        self._publisher = start_publisher(
+            self.vllm_config, self.rank, self._counter_block, layers, options.metrics_per_layer
+        )
 
     def reload_weights(self, *_: Any, **__: Any) -> None:
         raise ExpertCacheError("weights cannot be reloaded into a running expert cache; restart the server")
@@ -89,6 +106,8 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         return sizes(list(self._caches().values()))
 
     def shutdown(self) -> None:
+        if self._publisher is not None:
+            self._publisher.stop()
         try:
             self._log_counters()
         finally:  # also when the model was refused because a layer is not ours
