@@ -7,3 +7,7 @@ class ExpertCacheError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, converted or written."""
+
+
+class TraceError(ValueError):
+    """A routing trace that cannot be read, recorded or replayed."""
