@@ -37,6 +37,14 @@ class ExpertCacheOptions(BaseModel):
         "twice the experts of a token.",
     )
 
+    trace: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File to record expert routing to, for `hlwq simulate`; it must not exist yet. Saved every minute "
+        "and at shutdown.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ExpertCacheOptions:
         """Read the options out of vLLM's ``additional_config``; other keys there belong to others and are left alone.
@@ -74,5 +82,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = ", ".join(config_key(option) for option in ExpertCacheOptions.model_fields)
         return f"{name} is no option of the expert cache; known options: {known}"
+    if field == "trace":
+        return f"{name}={value!r}: must be the path of a file"
     least = "0 (off)" if field == "cache_size" else "1"
     return f"{name}={value!r}: must be a whole number of experts, {least} or more"

@@ -67,11 +67,12 @@ def add_flags(parser: Any) -> None:
         title="ExpertCache", description="Expert cache for mixture-of-experts models (vllm-hlwq)."
     )
     for name, field in ExpertCacheOptions.model_fields.items():
+        shown = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         group.add_argument(
             flag(name),
-            type=_whole_number,
+            type=_whole_number if not shown else str,
             default=None,
-            metavar="N",
+            metavar=shown.get("metavar", "N"),
             help=f"{field.description} (default: {field.default})",
         )
 
@@ -106,10 +107,9 @@ def configure(vllm_config: Any) -> None:
     """
     options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
     if options.cache_size == 0:
-        if options.staging_size is not None:
+        for name, value in options.model_dump(exclude={"cache_size"}, exclude_none=True).items():
             raise ExpertCacheError(
-                f"{flag('staging_size')} {options.staging_size} has no meaning without {flag('cache_size')}; "
-                "give a cache size, or remove it"
+                f"{flag(name)} {value} has no meaning without {flag('cache_size')}; give a cache size, or remove it"
             )
         return
     from .checks import check_engine_config

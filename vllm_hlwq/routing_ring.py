@@ -120,10 +120,9 @@ class RoutingRing:
         )  # fmt: skip
 
     def reset(self) -> None:
-        """Forget everything; only enqueues. Not while a copy is under way that somebody still wants."""
+        """Forget everything, also what is under way; only enqueues."""
         self._written.zero_()
         self._fetched = self._fetching = self._known = (0, 0)
-        self._host_written.zero_()
         self._enqueue_copy()
 
     def poll(self) -> Chunk | None:

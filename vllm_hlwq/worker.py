@@ -2,7 +2,7 @@
 
 Before the model is built it checks that the cache leaves room for a KV cache and puts our layer in place; afterwards it
 checks that every mixture-of-experts layer is ours, clears what warm-up left in the caches, and answers questions about
-counters.
+counters. With a trace, it drives the recording.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .host_expert_cache import HostExpertCache
 from .memory_check import Device, check_memory
 from .moe_offload import OffloadedRoutedExperts, cached_layers
 from .options import ExpertCacheOptions
+from .trace_recorder import TraceRecorder, check_trace_file, make_recorder
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -42,8 +43,13 @@ def install_layer() -> None:
 class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     """Worker whose model keeps its experts in a cache."""
 
+    trace_recorder: TraceRecorder | None = None
+
     def load_model(self, **arguments: Any) -> None:
         self._check_memory()
+        trace = self._options().trace
+        if trace is not None:
+            check_trace_file(trace, self.rank, self.vllm_config.parallel_config)
         install_layer()
         super().load_model(**arguments)
         caches = self._caches()
@@ -53,19 +59,28 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 "remove --moe-expert-cache-size"
             )
         logger.info(describe(list(caches.values())))
+        if trace is not None:
+            self.trace_recorder = make_recorder(self._layers(), self.vllm_config, self.rank, trace)
 
     def _check_memory(self) -> None:
         if not borrow("current_platform").is_cuda():
             return
         snapshot = self.init_snapshot
         device = Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
-        options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
-        check_memory(self.vllm_config, options, device)
+        check_memory(self.vllm_config, self._options(), device)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
         for cache in self._caches().values():
             cache.reset()
+        if self.trace_recorder is not None:
+            self.trace_recorder.start()
+        return result
+
+    def execute_model(self, *arguments: Any, **named: Any) -> Any:
+        result = super().execute_model(*arguments, **named)
+        if self.trace_recorder is not None:
+            self.trace_recorder.poll()
         return result
 
     def reload_weights(self, *_: Any, **__: Any) -> None:
@@ -82,8 +97,14 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         """What the caches hold, in numbers; reachable through vLLM's ``collective_rpc``."""
         return sizes(list(self._caches().values()))
 
+    def save_expert_trace(self) -> str | None:
+        """Write the trace with all steps so far and return its path; reachable through vLLM's ``collective_rpc``."""
+        return None if self.trace_recorder is None else self.trace_recorder.save()
+
     def shutdown(self) -> None:
         try:
+            if self.trace_recorder is not None:
+                self.trace_recorder.close()
             self._log_counters()
         finally:  # also when the model was refused because a layer is not ours
             super().shutdown()
@@ -99,8 +120,13 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
             )
 
     def _caches(self) -> dict[str, HostExpertCache | DeviceExpertCache]:
-        layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
-        return {layer.layer_name: layer.expert_cache for layer in layers if layer.expert_cache is not None}
+        return {layer.layer_name: layer.expert_cache for layer in self._layers() if layer.expert_cache is not None}
+
+    def _layers(self) -> list[OffloadedRoutedExperts]:
+        return cached_layers(self.vllm_config.compilation_config.static_forward_context)
+
+    def _options(self) -> ExpertCacheOptions:
+        return ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
 
 
 def sizes(caches: list[HostExpertCache | DeviceExpertCache]) -> dict[str, int | str]:

@@ -1,0 +1,222 @@
+"""A worker's recording of a routing trace, from the end of warm-up to shutdown, and its file.
+
+vLLM's own ``RoutedExpertsCapturer`` does not serve here: it keeps one step, to be fetched before the next, and sees ids
+before padding rows and other ranks' experts are taken out, so that a replay would not be what the planner saw.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .device_expert_cache import DeviceExpertCache
+from .errors import ExpertCacheError
+from .host_expert_cache import HostExpertCache
+from .options import flag
+from .routing_log import MAX_TRACE_BYTES, RoutingLog
+from .routing_ring import RingOverrunError, RoutingRing
+from .trace import Header, State, TraceLayer
+from .vllm_compat import borrow
+
+logger = borrow("init_logger")("vllm.expert_cache")
+
+SAVE_SECONDS = 60.0
+"""How often a running server saves its trace; what a crash can cost."""
+
+
+class TraceRecorder:
+    """Records what the layers of a worker are asked for.
+
+    Steps append to a log, on CUDA by way of a ring on the device. All methods belong to the worker's thread.
+
+    Args:
+        path: of the file.
+        header: what is known before the first step.
+        caches: of the header's layers; each is made to append its steps.
+        max_tokens: rows of the largest step.
+        device: where the layers' ids are.
+        max_bytes: where the recording ends.
+        save_seconds: see ``SAVE_SECONDS``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: Header,
+        caches: Sequence[HostExpertCache | DeviceExpertCache],
+        max_tokens: int,
+        device: torch.device,
+        max_bytes: int = MAX_TRACE_BYTES,
+        save_seconds: float = SAVE_SECONDS,
+    ) -> None:
+        self._path, self._header, self._caches, self._save_seconds = path, header, caches, save_seconds
+        self._log = RoutingLog(header.layers, max_bytes)
+        self._ring: RoutingRing | None = None
+        if device.type == "cuda":
+            with torch.inference_mode(False):  # its tensors are also used outside of vLLM's inference mode
+                self._ring = RoutingRing(header.layers, max_tokens, device)
+        for layer, cache in enumerate(caches):
+            cache.record = partial(self._append_on_host if self._ring is None else self._ring.append, layer)
+        self._recording = False
+        self._saver: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin here, with slots as empty as the counters."""
+        self._log.clear()
+        if self._ring is not None:
+            self._ring.reset()
+        self._recording = True
+        self._next_save = time.monotonic() + self._save_seconds
+        memory = "" if self._ring is None else f", by a buffer of {self._ring.nbytes} bytes on the device"
+        logger.info(
+            "Expert trace: recording %d layers to %s%s; saved every %d s and at shutdown",
+            len(self._header.layers), self._path, memory, self._save_seconds,
+        )  # fmt: skip
+
+    def _append_on_host(self, layer: int, expert_ids: torch.Tensor) -> None:
+        if self._recording and not self._log.add_step(layer, expert_ids):
+            self._end("full")
+
+    def poll(self) -> None:
+        """Take what the device has ready, and save from time to time; after every step. Never waits."""
+        if not self._recording:
+            return
+        self._fetch(wait=False)
+        if self._recording and time.monotonic() >= self._next_save:
+            self._save_aside("running")
+
+    def save(self) -> str:
+        """Write the file now, with all steps so far; returns its path."""
+        if self._recording:
+            self._fetch(wait=True)
+        if self._recording:
+            self._finish_saver()
+            self._write("running")
+        self._finish_saver()
+        return str(self._path)
+
+    def close(self) -> None:
+        """Write the complete file, unless the recording had to end before."""
+        if self._recording:
+            self._fetch(wait=True)
+        self._finish_saver()
+        if self._recording:
+            self._recording = False
+            self._write("ended")
+
+    def _fetch(self, wait: bool) -> None:
+        if self._ring is None:
+            return
+        try:
+            for chunk in self._ring.drain() if wait else [self._ring.poll()]:
+                if chunk is not None and not self._log.add(chunk):
+                    self._end("full")
+                    return
+        except RingOverrunError as error:
+            logger.warning("Expert trace: %s", error)
+            self._end("overrun")
+
+    def _end(self, state: State) -> None:
+        self._recording = False
+        logger.warning(
+            "Expert trace: RECORDING HAS ENDED (%s): %s holds the %d bytes before",
+            state, self._path, self._log.nbytes,
+        )  # fmt: skip
+        self._save_aside(state)
+
+    def _save_aside(self, state: State) -> None:
+        """Write the file in another thread, so that no step waits for the disk."""
+        if self._saver is not None and self._saver.is_alive() and state == "running":
+            return
+        self._finish_saver()
+        self._next_save = time.monotonic() + self._save_seconds
+        self._saver = threading.Thread(target=self._write, args=(state,), name="expert-trace")
+        self._saver.start()
+
+    def _finish_saver(self) -> None:
+        if self._saver is not None:
+            self._saver.join()
+            self._saver = None
+
+    def _write(self, state: State) -> None:
+        counters = None
+        if state == "ended":
+            names = [layer.name for layer in self._header.layers]
+            counters = dict(zip(names, (cache.counts() for cache in self._caches), strict=True))
+        trace = self._log.trace(self._header.model_copy(update={"state": state, "counters": counters}))
+        try:
+            trace.save(self._path)
+        except OSError as error:
+            logger.error(
+                "Expert trace: %s could not be written: %s; what it held before is unchanged", self._path, error
+            )
+            return
+        if state != "running":
+            logger.info(
+                "Expert trace: %s: %d steps, %d bytes, state %s", self._path, trace.num_steps, trace.nbytes, state
+            )
+
+
+def make_recorder(layers: Sequence[Any], vllm_config: Any, rank: int, file: str) -> TraceRecorder | None:
+    """The recorder of a worker; None if another rank records the same.
+
+    Args:
+        layers: ``OffloadedRoutedExperts`` with their caches, in the order of the model.
+        vllm_config: of the engine.
+        rank: of the worker in it.
+        file: what the user asked for.
+    """
+    path = path_of_rank(Path(file), rank, vllm_config.parallel_config)
+    if path is None:
+        return None
+    caches = [layer.expert_cache for layer in layers]
+    traced = tuple(
+        TraceLayer(
+            name=layer.layer_name, experts=cache.num_experts, top_k=layer.top_k, record_bytes=cache.record_bytes
+        )
+        for layer, cache in zip(layers, caches, strict=True)
+    )
+    header = Header(
+        state="running",
+        model=Path(vllm_config.model_config.model).name,
+        vllm=version("vllm"),
+        rank=rank,
+        backend=caches[0].backend.name,
+        cache_size=caches[0].num_slots,
+        layers=traced,
+    )
+    device = torch.device(layers[0].moe_config.device)
+    scheduler = vllm_config.scheduler_config
+    return TraceRecorder(path, header, caches, max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs), device)
+
+
+def path_of_rank(file: Path, rank: int, parallel_config: Any) -> Path | None:
+    """The file that a rank writes: ``FILE``, on rank r > 0 ``FILE`` with ``-rank<r>`` before its ending.
+
+    None where all ranks of a stage see the same ids and another of them writes.
+    """
+    if rank % parallel_config.tensor_parallel_size and not parallel_config.enable_expert_parallel:
+        return None
+    return file.with_name(f"{file.stem}-rank{rank}{file.suffix}") if rank else file
+
+
+def check_trace_file(file: str, rank: int, parallel_config: Any) -> None:
+    """Refuse a file that this rank could not write, before weights are loaded.
+
+    Raises:
+        ExpertCacheError: its folder is not there, or something of its name is.
+    """
+    path = path_of_rank(Path(file), rank, parallel_config)
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ExpertCacheError(f"{flag('trace')} {file}: folder {path.parent} does not exist; make it first")
+    if path.exists():
+        raise ExpertCacheError(f"{flag('trace')} {file}: {path} exists; move it away or give another name")
