@@ -38,9 +38,7 @@ def is_prompt(mentions: int, num_experts: int) -> bool:
     return mentions >= MENTIONS_OF_A_PROMPT * num_experts
 
 
-def named_experts(
-    expert_ids: torch.Tensor, num_experts: int, is_padding: torch.Tensor | None = None
-) -> torch.Tensor:
+def named_experts(expert_ids: torch.Tensor, num_experts: int, is_padding: torch.Tensor | None = None) -> torch.Tensor:
     """The ids that a planner heeds, int32 and contiguous: ``EMPTY`` for what is no expert of this rank, and in padding.
 
     Args:

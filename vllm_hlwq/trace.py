@@ -5,8 +5,8 @@ A safetensors file with four tensors. Entry i says what one layer was asked for 
 - ``step`` int32 ``[n]``: number of the forward pass, from 0.
 - ``layer`` int16 ``[n]``: index into the header's list of layers.
 - ``tokens`` int32 ``[n]``: rows of the step, those that only pad it included.
-- ``expert_ids`` uint8 or int16 ``[sum of tokens * k]``: the entries' expert ids one after the other, a token's k experts
-  as the router lists them. -1 (255 in uint8) in padding rows and for experts of other ranks.
+- ``expert_ids`` uint8 or int16 ``[sum of tokens * k]``: the entries' expert ids one after the other, a token's k
+  experts as the router lists them. -1 (255 in uint8) in padding rows and for experts of other ranks.
 
 The metadata's ``trace`` is ``Header`` as JSON.
 """
@@ -28,7 +28,6 @@ from safetensors.numpy import save
 from .checkpoint.writer import write_bytes
 from .errors import TraceError
 
-VERSION = 1
 NO_EXPERT = -1
 _NO_EXPERT_IN_BYTES = 255
 
@@ -69,7 +68,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     state: State
     model: str
     vllm: str
@@ -173,12 +172,19 @@ class Trace:
         if self.expert_ids.dtype not in (np.uint8, np.int16) or self.expert_ids.ndim != 1:
             raise TraceError(f"{path}: tensor expert_ids is {self.expert_ids.dtype}; record the trace again")
         layers = len(self.header.layers)
-        if len(self.layer) and not (0 <= self.layer.min() and self.layer.max() < layers and self.tokens.min() >= 0):
+        if len(self.layer) and not (self.layer.min() >= 0 and self.layer.max() < layers and self.tokens.min() >= 0):
             raise TraceError(f"{path}: an entry is of none of the {layers} layers; record the trace again")
-        wanted = int((self.tokens * self._top_k()[self.layer]).sum())
-        if len(self.expert_ids) != wanted:
+        counts = self.tokens * self._top_k()[self.layer]
+        if len(self.expert_ids) != counts.sum():
             raise TraceError(
-                f"{path}: {len(self.expert_ids)} expert ids, but its entries need {wanted}; record the trace again"
+                f"{path}: {len(self.expert_ids)} expert ids, but its entries need {counts.sum()}; record the trace again"
+            )
+        experts = np.array([layer.experts for layer in self.header.layers], dtype=np.int16)
+        no_expert = _NO_EXPERT_IN_BYTES if self.expert_ids.dtype == np.uint8 else NO_EXPERT
+        strange = (self.expert_ids >= np.repeat(experts[self.layer], counts)) & (self.expert_ids != no_expert)
+        if strange.any():
+            raise TraceError(
+                f"{path}: expert id {self.expert_ids[strange.argmax()]} is none of its layer's; record the trace again"
             )
 
 

@@ -178,9 +178,7 @@ def make_recorder(layers: Sequence[Any], vllm_config: Any, rank: int, file: str)
         return None
     caches = [layer.expert_cache for layer in layers]
     traced = tuple(
-        TraceLayer(
-            name=layer.layer_name, experts=cache.num_experts, top_k=layer.top_k, record_bytes=cache.record_bytes
-        )
+        TraceLayer(name=layer.layer_name, experts=cache.num_experts, top_k=layer.top_k, record_bytes=cache.record_bytes)
         for layer, cache in zip(layers, caches, strict=True)
     )
     header = Header(
