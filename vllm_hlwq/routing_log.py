@@ -14,8 +14,8 @@ import torch
 from .trace import Array, Header, Trace, TraceLayer, id_dtype
 
 MAX_TRACE_BYTES = 256 * 2**20
-"""Where a recording ends: with 48 layers of 8 of 128 experts after 310,000 tokens decoded one by one, or after 690,000 of
-prompts."""
+"""Where a recording ends: with 48 layers of 8 of 128 experts after 310,000 tokens decoded one by one, or after 690,000
+of prompts."""
 
 ENTRY_BYTES = 10
 """Of the file's step, layer and tokens; the ids come on top."""

@@ -83,9 +83,9 @@ def tokens_per_second(report: dict[str, Any]) -> bytes:
     step = report["resident_step_seconds"]
     beside = f"and {step * 1000:g} ms a step" if step else "alone"
     link = f"{report['link_bytes_per_second'] / 1e9:g} GB/s {beside}"
-    axes.set_title(f"Decoding as a link of {link} allows, {report['model']}", loc="left", color=INK)
+    axes.set_title(f"Decoding at a link of {link}, {report['model']}", loc="left", color=INK)
     axes.set_ylabel("tokens per second")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     _plain(axes)
     _over_slots(axes, slots)
     axes.legend(frameon=False, fontsize=9)

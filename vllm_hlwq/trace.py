@@ -175,10 +175,9 @@ class Trace:
         if len(self.layer) and not (self.layer.min() >= 0 and self.layer.max() < layers and self.tokens.min() >= 0):
             raise TraceError(f"{path}: an entry is of none of the {layers} layers; record the trace again")
         counts = self.tokens * self._top_k()[self.layer]
-        if len(self.expert_ids) != counts.sum():
-            raise TraceError(
-                f"{path}: {len(self.expert_ids)} expert ids, but its entries need {counts.sum()}; record the trace again"
-            )
+        have, wanted = len(self.expert_ids), counts.sum()
+        if have != wanted:
+            raise TraceError(f"{path}: {have} expert ids, but its entries need {wanted}; record the trace again")
         experts = np.array([layer.experts for layer in self.header.layers], dtype=np.int16)
         no_expert = _NO_EXPERT_IN_BYTES if self.expert_ids.dtype == np.uint8 else NO_EXPERT
         strange = (self.expert_ids >= np.repeat(experts[self.layer], counts)) & (self.expert_ids != no_expert)
