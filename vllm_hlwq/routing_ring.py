@@ -43,12 +43,14 @@ def append_kernel(
     entry = tl.load(written)
     first = tl.load(written + 1)
     count = tokens * K
+    offset = (first % IDS).to(tl.int32)
     for start in range(0, count, BLOCK):
         position = start + tl.arange(0, BLOCK)
-        inside = position < count
+        inside = position < tl.minimum(count, IDS)  # what exceeds the ring is seen by the count
         expert = tl.load(expert_ids + position, mask=inside, other=-1)
         value = tl.where(expert < 0, NO_EXPERT, expert).to(ring_ids.dtype.element_ty)
-        tl.store(ring_ids + (first + position) % IDS, value, mask=inside)
+        place = offset + position
+        tl.store(ring_ids + tl.where(place < IDS, place, place - IDS), value, mask=inside)
     tl.store(ring_entries + entry % ENTRIES * 2, layer)
     tl.store(ring_entries + entry % ENTRIES * 2 + 1, tokens)
     tl.debug_barrier()  # every thread has read what is overwritten here
