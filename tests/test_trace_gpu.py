@@ -1,4 +1,4 @@
-"""Recording on a CUDA device: inside captured graphs, without waiting, and with the counters of the device's planner."""
+"""Recording on a CUDA device: in captured graphs, without waiting, and with the counters of the device's planner."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from checkpoints import NUM_EXPERTS, TOP_K
 from engines import LoadedModel
 from traces import equal
 
-from vllm_hlwq import trace_recorder
+from vllm_hlwq import trace_file
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.expert_cache import MENTIONS_OF_A_PROMPT
 from vllm_hlwq.plugin import configure
@@ -134,34 +134,42 @@ def test_warm_up_is_not_in_it(qwen3_moe_bf16: Path, tmp_path: Path) -> None:
     assert Trace.load(path).tokens.tolist() == [2, 2]
 
 
-def test_a_running_server_saves_from_time_to_time(recording: Record) -> None:
-    loaded, path = recording(TOP_K)
+def test_a_running_server_saves_what_has_come(qwen3_moe_bf16: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    loaded = LoadedModel(qwen3_moe_bf16, TOP_K, trace=path)
     recorder = loaded.worker.trace_recorder
-    recorder._save_seconds = recorder._next_save = 0.0
-    run(loaded, 1, 0)
-    wait_for(path)
-    recorder._finish_saver()
-    saved = Trace.load(path)
-    assert (saved.header.state, saved.num_steps, saved.header.counters) == ("running", 1, None)
-    recorder._save_seconds = recorder._next_save = 1e9
-    run(loaded, 1, 1)
-    assert Trace.load(path).num_steps == 1
+    recorder._new_file.keywords["save_seconds"] = 0.01
+    recorder.start()
+    for number in range(3):
+        run(loaded, 1, number)
+        saved = wait_for_steps(path, number + 1)
+        assert (saved.header.state, saved.header.counters) == ("running", None)
+    loaded.worker.save_expert_trace()  # between steps, so that counters go with it
+    time.sleep(0.1)
+    assert Trace.load(path).header.counters == loaded.worker.expert_cache_counters()
+    assert Trace.load(path).header.state == "running"
     recorder.close()
-    assert (Trace.load(path).header.state, Trace.load(path).num_steps) == ("ended", 2)
+    assert (Trace.load(path).header.state, Trace.load(path).num_steps) == ("ended", 3)
 
 
-def wait_for(path: Path) -> None:
+def wait_for_steps(path: Path, steps: int) -> Trace:
+    """The file as soon as it has all layers of so many steps; at any moment before, it is absent or whole."""
     deadline = time.monotonic() + 20
-    while not path.exists():
+    while True:
+        trace = Trace.load(path) if path.exists() else None
+        if trace is not None and len(trace.layer) == 2 * steps:
+            return trace
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_the_largest_size_ends_it_aloud(recording: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     warned: list[str] = []
-    monkeypatch.setattr(trace_recorder.logger, "warning", lambda text, *values: warned.append(text % values))
+    monkeypatch.setattr(trace_file.logger, "warning", lambda text, *values: warned.append(text % values))
     loaded, path = recording(TOP_K)
-    loaded.worker.trace_recorder._log._max_bytes = 2 * 3 * (10 + TOP_K) + 13  # three steps of two layers, not four
+    # Three steps of two layers, but not a fourth.
+    loaded.worker.trace_recorder._max_bytes = 2 * 3 * (10 + TOP_K) + 13
+    loaded.worker.trace_recorder.start()
     for seed in range(5):
         run(loaded, 1, seed)
     loaded.worker.trace_recorder.close()
@@ -177,7 +185,7 @@ def test_a_file_that_cannot_be_written_is_told_and_stops_no_step(
     recording: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors: list[str] = []
-    monkeypatch.setattr(trace_recorder.logger, "error", lambda text, *values: errors.append(text % values))
+    monkeypatch.setattr(trace_file.logger, "error", lambda text, *values: errors.append(text % values))
     loaded, path = recording(TOP_K)
     run(loaded, 1, 0)
     path.mkdir()

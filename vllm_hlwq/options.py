@@ -40,8 +40,8 @@ class ExpertCacheOptions(BaseModel):
     trace: str | None = Field(
         default=None,
         min_length=1,
-        description="File to record expert routing to, for `hlwq simulate`; it must not exist yet. Saved every minute "
-        "and at shutdown.",
+        description="File to record expert routing to, for `hlwq simulate`; it must not exist yet. Saved while it "
+        "grows and at shutdown.",
         json_schema_extra={"metavar": "FILE"},
     )
 

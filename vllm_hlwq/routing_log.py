@@ -40,9 +40,6 @@ class RoutingLog:
     def __init__(self, layers: Sequence[TraceLayer], max_bytes: int = MAX_TRACE_BYTES) -> None:
         self._dtype, self._no_expert = id_dtype(layers)
         self._max_bytes = max_bytes
-        self.clear()
-
-    def clear(self) -> None:
         self._chunks: list[Chunk] = []
         self.nbytes = 0
 

@@ -63,7 +63,7 @@ class Header(BaseModel):
         cache_size: slots of each layer while it was recorded.
         layers: in the order of the model.
         counters: the server's own counters of each layer, by layer name and counter, over the very steps of the trace;
-            only in a trace that is complete.
+            None in what was saved while steps may have run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

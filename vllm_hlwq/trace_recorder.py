@@ -6,8 +6,6 @@ before padding rows and other ranks' experts are taken out, so that a replay wou
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -23,12 +21,7 @@ from .options import flag
 from .routing_log import MAX_TRACE_BYTES, RoutingLog
 from .routing_ring import RingOverrunError, RoutingRing
 from .trace import Header, State, TraceLayer
-from .vllm_compat import borrow
-
-logger = borrow("init_logger")("vllm.expert_cache")
-
-SAVE_SECONDS = 60.0
-"""How often a running server saves its trace; what a crash can cost."""
+from .trace_file import SAVE_SECONDS, Counters, TraceFile, logger
 
 
 class TraceRecorder:
@@ -56,67 +49,73 @@ class TraceRecorder:
         max_bytes: int = MAX_TRACE_BYTES,
         save_seconds: float = SAVE_SECONDS,
     ) -> None:
-        self._path, self._header, self._caches, self._save_seconds = path, header, caches, save_seconds
-        self._log = RoutingLog(header.layers, max_bytes)
+        self._header, self._caches = header, caches
+        self._new_file = partial(TraceFile, path, header, save_seconds=save_seconds)
+        self._max_bytes = max_bytes
+        self._file: TraceFile | None = None
+        self._recording = False
         self._ring: RoutingRing | None = None
         if device.type == "cuda":
             with torch.inference_mode(False):  # its tensors are also used outside of vLLM's inference mode
                 self._ring = RoutingRing(header.layers, max_tokens, device)
         for layer, cache in enumerate(caches):
             cache.record = partial(self._append_on_host if self._ring is None else self._ring.append, layer)
-        self._recording = False
-        self._saver: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin here, with slots as empty as the counters."""
-        self._log.clear()
+        if self._file is not None:
+            self._file.wait()
         if self._ring is not None:
             self._ring.reset()
+        self._file = self._new_file(RoutingLog(self._header.layers, self._max_bytes))
+        self._file.start()
         self._recording = True
-        self._next_save = time.monotonic() + self._save_seconds
         memory = "" if self._ring is None else f", by a buffer of {self._ring.nbytes} bytes on the device"
         logger.info(
-            "Expert trace: recording %d layers to %s%s; saved every %d s and at shutdown",
-            len(self._header.layers), self._path, memory, self._save_seconds,
+            "Expert trace: recording %d layers to %s, up to %d bytes%s",
+            len(self._header.layers), self._file.path, self._max_bytes, memory,
         )  # fmt: skip
 
     def _append_on_host(self, layer: int, expert_ids: torch.Tensor) -> None:
-        if self._recording and not self._log.add_step(layer, expert_ids):
+        if self._recording and self._file is not None and not self._file.log.add_step(layer, expert_ids):
             self._end("full")
 
     def poll(self) -> None:
-        """Take what the device has ready, and save from time to time; after every step. Never waits."""
-        if not self._recording:
-            return
-        self._fetch(wait=False)
-        if self._recording and time.monotonic() >= self._next_save:
-            self._save_aside("running")
+        """Take what the device has ready; after every step. Never waits."""
+        if self._recording:
+            self._fetch(wait=False)
 
-    def save(self) -> str:
-        """Write the file now, with all steps so far; returns its path."""
+    def save(self) -> str | None:
+        """Write the file now, with all steps so far and the counters at this point; returns its path."""
+        if self._file is None:
+            return None
         if self._recording:
             self._fetch(wait=True)
-        if self._recording:
-            self._finish_saver()
-            self._write("running")
-        self._finish_saver()
-        return str(self._path)
+        self._file.save(self._counters() if self._recording else None)
+        return str(self._file.path)
 
     def close(self) -> None:
         """Write the complete file, unless the recording had to end before."""
+        if self._file is None:
+            return
         if self._recording:
             self._fetch(wait=True)
-        self._finish_saver()
+        self._file.wait()
         if self._recording:
             self._recording = False
-            self._write("ended")
+            self._file.state = "ended"
+            self._file.save(self._counters())
+
+    def _counters(self) -> Counters:
+        names = [layer.name for layer in self._header.layers]
+        return dict(zip(names, (cache.counts() for cache in self._caches), strict=True))
 
     def _fetch(self, wait: bool) -> None:
-        if self._ring is None:
+        if self._ring is None or self._file is None:
             return
         try:
             for chunk in self._ring.drain() if wait else [self._ring.poll()]:
-                if chunk is not None and not self._log.add(chunk):
+                if chunk is not None and not self._file.log.add(chunk):
                     self._end("full")
                     return
         except RingOverrunError as error:
@@ -124,44 +123,13 @@ class TraceRecorder:
             self._end("overrun")
 
     def _end(self, state: State) -> None:
+        assert self._file is not None
         self._recording = False
         logger.warning(
             "Expert trace: RECORDING HAS ENDED (%s): %s holds the %d bytes before",
-            state, self._path, self._log.nbytes,
+            state, self._file.path, self._file.log.nbytes,
         )  # fmt: skip
-        self._save_aside(state)
-
-    def _save_aside(self, state: State) -> None:
-        """Write the file in another thread, so that no step waits for the disk."""
-        if self._saver is not None and self._saver.is_alive() and state == "running":
-            return
-        self._finish_saver()
-        self._next_save = time.monotonic() + self._save_seconds
-        self._saver = threading.Thread(target=self._write, args=(state,), name="expert-trace")
-        self._saver.start()
-
-    def _finish_saver(self) -> None:
-        if self._saver is not None:
-            self._saver.join()
-            self._saver = None
-
-    def _write(self, state: State) -> None:
-        counters = None
-        if state == "ended":
-            names = [layer.name for layer in self._header.layers]
-            counters = dict(zip(names, (cache.counts() for cache in self._caches), strict=True))
-        trace = self._log.trace(self._header.model_copy(update={"state": state, "counters": counters}))
-        try:
-            trace.save(self._path)
-        except OSError as error:
-            logger.error(
-                "Expert trace: %s could not be written: %s; what it held before is unchanged", self._path, error
-            )
-            return
-        if state != "running":
-            logger.info(
-                "Expert trace: %s: %d steps, %d bytes, state %s", self._path, trace.num_steps, trace.nbytes, state
-            )
+        self._file.end(state)
 
 
 def make_recorder(layers: Sequence[Any], vllm_config: Any, rank: int, file: str) -> TraceRecorder | None:
