@@ -60,10 +60,9 @@ def requests(server: Server, model: str) -> None:
 
 def record(model: Path, slots: int, path: Path) -> Trace:
     """The trace of a server with so many slots, complete with its counters."""
-    arguments = ("--moe-expert-cache-size", str(slots), "--moe-expert-trace", str(path))
+    arguments = ("--moe-expert-cache-size", str(slots), "--moe-expert-trace", str(path), "--shutdown-timeout", "25")
     with Server(model, *arguments, "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager") as server:
         requests(server, str(model))
-        server.post("/collective_rpc", {"method": "save_expert_trace"})
     return Trace.load(path)
 
 
