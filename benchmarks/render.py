@@ -251,6 +251,33 @@ def layer_steps(result: dict[str, Any]) -> str:
     )
 
 
+def routing_traces(result: dict[str, Any]) -> str:
+    live = "".join(
+        f"| {row['slots']} | {row['steps']:,} | {row['queries']:,} | {row['live_hits']:,} "
+        f"| {row['simulated_hits']:,} | {len(row['differences']) or 'none'} |\n"
+        for row in result["live"]
+    )
+    curve = "".join(
+        f"| {row['slots']} | {row['hit_rate']:.1%} | {row['optimal_hit_rate']:.1%} "
+        f"| {min(row['layer_hit_rates']):.1%} to {max(row['layer_hit_rates']):.1%} "
+        f"| {row['decode_bytes_per_token'] / 1e3:,.0f} |\n"
+        for row in result["slots"]
+    )
+    return (
+        "Servers of the demo's model with several cache sizes recorded the same requests; of each the trace was "
+        "replayed with the same number of slots. Every counter of every layer was compared:\n\n"
+        "| slots | steps | experts needed | hits, counted live | hits, simulated | differences |\n"
+        f"|---|---|---|---|---|---|\n{live}\n"
+        f"The trace of {result['shipped_slots']} slots ships as `examples/tiny_moe/trace.safetensors` "
+        f"({result['tokens']:,} tokens, {result['decode_tokens']:,} of them decoded, {result['file_bytes']:,} bytes). "
+        "What it says of every cache size of this small model, which spreads its tokens widely:\n\n"
+        "| slots | hit rate | optimum | by layer | kB a decoded token |\n"
+        f"|---|---|---|---|---|\n{curve}\n"
+        "![Hit rate over slots: the cache, each of its layers, and Belady's optimum](routing_traces.png)\n\n"
+        f"({machine(result['environment'])}; made by `benchmarks/routing_traces.py`.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
@@ -259,6 +286,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "codec_ideas": codec_ideas,
     "moe_layer": moe_layer,
     "kv_cache": kv_cache,
+    "routing_traces": routing_traces,
 }
 
 

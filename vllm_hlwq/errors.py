@@ -11,3 +11,7 @@ class CheckpointError(ValueError):
 
 class KVCacheError(ValueError):
     """A request to the KV cache that cannot be honoured."""
+
+
+class TraceError(ValueError):
+    """A routing trace that cannot be read, recorded or replayed."""

@@ -38,6 +38,20 @@ def is_prompt(mentions: int, num_experts: int) -> bool:
     return mentions >= MENTIONS_OF_A_PROMPT * num_experts
 
 
+def named_experts(expert_ids: torch.Tensor, num_experts: int, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    """The ids that a planner heeds, int32 and contiguous: ``EMPTY`` for what is no expert of this rank, and in padding.
+
+    Args:
+        expert_ids: integer ``[T, k]``, local ids.
+        num_experts: experts of the layer on this rank.
+        is_padding: bool ``[T]``; None if no row is.
+    """
+    named = (expert_ids >= 0) & (expert_ids < num_experts)
+    if is_padding is not None:
+        named = named & ~is_padding.unsqueeze(1)
+    return torch.where(named, expert_ids, EMPTY).int().contiguous()
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What one step loads and where it computes; expert ids are local to this rank.

@@ -42,6 +42,14 @@ class ExpertCacheOptions(BaseModel):
         description="Give the expert cache's metrics on /metrics a label for the layer, instead of sums over layers.",
     )
 
+    trace: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File to record expert routing to, for `hlwq simulate`; it must not exist yet. Saved while it "
+        "grows and at shutdown.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ExpertCacheOptions:
         """Read the options out of vLLM's ``additional_config``; other keys there belong to others and are left alone.
@@ -81,5 +89,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"{name} is no option of the expert cache; known options: {known}"
     if problem["type"] == "bool_type":
         return f"{name}={value!r}: must be true or false"
+    if field == "trace":
+        return f"{name}={value!r}: must be the path of a file"
     least = "0 (off)" if field == "cache_size" else "1"
     return f"{name}={value!r}: must be a whole number of experts, {least} or more"

@@ -91,6 +91,8 @@ def add_flags(parser: Any) -> None:
         kind: dict[str, Any] = {"type": _whole_number, "metavar": "N"}
         if field.annotation is bool:
             kind = {"action": "store_true"}
+        elif isinstance(field.json_schema_extra, dict):
+            kind = {"type": str, "metavar": field.json_schema_extra["metavar"]}
         group.add_argument(flag(name), default=None, help=f"{field.description} (default: {field.default})", **kind)
 
 
@@ -124,15 +126,10 @@ def configure(vllm_config: Any) -> None:
     """
     options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
     if options.cache_size == 0:
-        if options.staging_size is not None:
+        for name, value in options.model_dump(exclude_defaults=True).items():
+            given = flag(name) if value is True else f"{flag(name)} {value}"
             raise ExpertCacheError(
-                f"{flag('staging_size')} {options.staging_size} has no meaning without {flag('cache_size')}; "
-                "give a cache size, or remove it"
-            )
-        if options.metrics_per_layer:
-            raise ExpertCacheError(
-                f"{flag('metrics_per_layer')} has no meaning without {flag('cache_size')}; "
-                "give a cache size, or remove it"
+                f"{given} has no meaning without {flag('cache_size')}; give a cache size, or remove it"
             )
         return
     from .checks import check_engine_config

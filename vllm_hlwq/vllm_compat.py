@@ -72,6 +72,7 @@ BORROWED: dict[str, Borrowed] = {
         (
             "load_model",
             "compile_or_warm_up_model",
+            "execute_model",
             "shutdown",
             "reload_weights",
             "update_weights",

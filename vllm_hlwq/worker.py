@@ -2,7 +2,7 @@
 
 Before the model is built it checks that the cache leaves room for a KV cache and puts our layer in place; afterwards it
 checks that every mixture-of-experts layer is ours, clears what warm-up left in the caches, and answers questions about
-counters.
+counters. With a trace, it drives the recording.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from .host_expert_cache import HostExpertCache
 from .memory_check import Device, check_memory
 from .metrics import Layer
 from .metrics_publisher import MetricsPublisher, start_publisher
-from .moe_offload import OffloadedRoutedExperts, cached_layers
+from .moe_offload import OffloadedLayer, OffloadedRoutedExperts, cached_layers
 from .options import ExpertCacheOptions
+from .trace_recorder import TraceRecorder, check_trace_file, make_recorder
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -52,9 +53,13 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     """Worker whose model keeps its experts in a cache."""
 
     _publisher: MetricsPublisher | None = None
+    trace_recorder: TraceRecorder | None = None
 
     def load_model(self, **arguments: Any) -> None:
         self._check_memory()
+        trace = self._options().trace
+        if trace is not None:
+            check_trace_file(trace, self.rank, self.vllm_config.parallel_config)
         install_layers()
         super().load_model(**arguments)
         caches = self._caches()
@@ -65,30 +70,38 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
             )
         logger.info(describe(list(caches.values())))
         self._counter_block = CounterBlock([cache.table for cache in caches.values()])
+        if trace is not None:
+            self.trace_recorder = make_recorder(self._layers(), self.vllm_config, self.rank, trace)
 
     def _check_memory(self) -> None:
         if not borrow("current_platform").is_cuda():
             return
         snapshot = self.init_snapshot
         device = Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
-        options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
-        check_memory(self.vllm_config, options, device)
+        check_memory(self.vllm_config, self._options(), device)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
         for cache in self._caches().values():
             cache.reset()
         self._publish_metrics()
+        if self.trace_recorder is not None:
+            self.trace_recorder.start()
+        return result
+
+    def execute_model(self, *arguments: Any, **named: Any) -> Any:
+        result = super().execute_model(*arguments, **named)
+        if self.trace_recorder is not None:
+            self.trace_recorder.poll()
         return result
 
     def _publish_metrics(self) -> None:
-        options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
         layers = [
             Layer(name, cache.num_slots, cache.record_bytes, all_resident=cache.table is None)
             for name, cache in self._caches().items()
         ]
         self._publisher = start_publisher(
-            self.vllm_config, self.rank, self._counter_block, layers, options.metrics_per_layer
+            self.vllm_config, self.rank, self._counter_block, layers, self._options().metrics_per_layer
         )
 
     def reload_weights(self, *_: Any, **__: Any) -> None:
@@ -105,10 +118,16 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         """What the caches hold, in numbers; reachable through vLLM's ``collective_rpc``."""
         return sizes(list(self._caches().values()))
 
+    def save_expert_trace(self) -> str | None:
+        """Write the trace with all steps so far and return its path; reachable through vLLM's ``collective_rpc``."""
+        return None if self.trace_recorder is None else self.trace_recorder.save()
+
     def shutdown(self) -> None:
         if self._publisher is not None:
             self._publisher.stop()
         try:
+            if self.trace_recorder is not None:
+                self.trace_recorder.close()
             self._log_counters()
         finally:  # also when the model was refused because a layer is not ours
             super().shutdown()
@@ -124,8 +143,13 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
             )
 
     def _caches(self) -> dict[str, HostExpertCache | DeviceExpertCache]:
-        layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
-        return {layer.layer_name: layer.expert_cache for layer in layers if layer.expert_cache is not None}
+        return {layer.layer_name: layer.expert_cache for layer in self._layers() if layer.expert_cache is not None}
+
+    def _layers(self) -> list[OffloadedLayer]:
+        return cached_layers(self.vllm_config.compilation_config.static_forward_context)
+
+    def _options(self) -> ExpertCacheOptions:
+        return ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
 
 
 def sizes(caches: list[HostExpertCache | DeviceExpertCache]) -> dict[str, int | str]:
