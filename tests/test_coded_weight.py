@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hlwq_files import Coded, pack_msb, table
@@ -56,6 +57,15 @@ def test_rotated_weights_are_rounded_to_the_nearest_bf16() -> None:
     rotated_cpu.decode_rotated(packed, norms, levels, 128, out)
     wanted = levels[packed.long()].view(5, 128) * norms.view(5, 1)
     assert torch.equal(out.view(5, 128), wanted.bfloat16())
+
+
+def test_halfway_between_two_bf16_numbers_it_is_the_even_one() -> None:
+    levels = ((torch.arange(0x3F80, 0x3FA0, dtype=torch.int32) << 16) | 0x8000).view(torch.float32)
+    packed = pack_msb(np.arange(32, dtype=np.uint8).reshape(1, 1, 32), 5).view(1, -1)
+    out = torch.empty(1, 32, dtype=torch.bfloat16)
+    rotated_cpu.decode_rotated(packed, torch.ones(1, 1), levels, 32, out)
+    assert torch.equal(out[0], levels.bfloat16())
+    assert (out.view(torch.int16) % 2 == 0).all()
 
 
 def test_threads_do_not_disturb_one_another() -> None:

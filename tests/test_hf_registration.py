@@ -84,12 +84,18 @@ def test_the_waiting_finder_is_gone_when_it_has_done_its_work() -> None:
 
 
 def test_transformers_can_be_imported_where_registering_fails() -> None:
-    code = (
-        "import warnings, vllm_hlwq.hf.registration as r\ndef fail(): raise ImportError('HfQuantizer has moved')\n"
-        "r.register = fail\nwith warnings.catch_warnings(record=True) as caught:\n"
-        "    import transformers.quantizers.auto\n"
-        "print([str(w.message) for w in caught if 'vllm-hlwq' in str(w.message)])"
-    )
+    code = """
+import warnings
+import vllm_hlwq.hf.registration as registration
+
+def fail():
+    raise ImportError("HfQuantizer has moved")
+
+registration.register = fail
+with warnings.catch_warnings(record=True) as caught:
+    import transformers.quantizers.auto
+print([str(warning.message) for warning in caught])
+"""
     assert "HfQuantizer has moved" in run(code)
 
 
