@@ -37,7 +37,9 @@ def draw(result: dict[str, Any]) -> bytes:
         for name, (colour, marker) in LINES.items():
             if name in measured["bytes"]:
                 sizes = [size / MIB for size in measured["bytes"][name]]
-                axes.plot(measured["lengths"], sizes, color=colour, marker=marker, markersize=4.5, label=name)
+                axes.plot(
+                    measured["lengths"][: len(sizes)], sizes, color=colour, marker=marker, markersize=4.5, label=name
+                )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         for axis in (axes.xaxis, axes.yaxis):

@@ -176,7 +176,8 @@ def kv_cache(result: dict[str, Any]) -> str:
     return (
         f"Against what was asked of it:\n\n{verdicts}\n## Time\n\n"
         f"A step of one token after {speed['length']:,}, median of {speed['steps']} (of {speed['slow_steps']} for "
-        f"those that decode), the caches in turn; threads: {environment['cores']}.\n\n"
+        f"those that decode), the caches in turn; threads: {environment['cores']}. The ratios count: milliseconds "
+        "depend on what else the machine does.\n\n"
         f"| model | cache | ms | of BF16's |\n|---|---|---|---|\n{steps}\n"
         f"{kv_bytes(result['models'])}{kv_accuracy(result)}"
         f"({machine(environment)}; made by `benchmarks/kv_cache.py`.)\n"
@@ -188,7 +189,9 @@ def kv_bytes(models: dict[str, Any]) -> str:
     for name, model in models.items():
         head = "".join(f" | {length:,}" for length in model["lengths"])
         rows = "".join(
-            f"| {cache} | " + " | ".join(f"{size / MIB:,.2f}" for size in sizes) + " |\n"
+            f"| {cache} | "
+            + " | ".join([f"{size / MIB:,.2f}" for size in sizes] + [""] * (len(model["lengths"]) - len(sizes)))
+            + " |\n"
             for cache, sizes in model["bytes"].items()
         )
         parts = "; ".join(
