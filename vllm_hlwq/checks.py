@@ -6,7 +6,7 @@ from typing import Any
 
 from .checkpoint_files import check_checkpoint_files
 from .errors import ExpertCacheError
-from .options import ExpertCacheOptions, flag
+from .options import AUTO, ExpertCacheOptions, flag
 from .vllm_compat import borrow
 
 STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
@@ -32,7 +32,7 @@ def _check_model(model_config: Any, parallel_config: Any, options: ExpertCacheOp
             f"{model_config.model} has no mixture-of-experts layers, so there is nothing to cache; "
             f"remove {flag('cache_size')}"
         )
-    if options.cache_size > experts:
+    if options.cache_size != AUTO and options.cache_size > experts:
         raise ExpertCacheError(
             f"{flag('cache_size')} {options.cache_size} is more than the model's {experts} experts per layer; "
             f"give a number from 1 to {experts}"

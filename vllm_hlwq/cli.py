@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .errors import CheckpointError
 from .marlin_shapes import SUPPORTED_GROUP_SIZES
+from .plan_cli import plan_command
 
 if TYPE_CHECKING:
     import torch
@@ -267,6 +268,9 @@ def card_command(
 
     for file in write_card(path, original or [], force):
         typer.echo(str(file))
+
+
+app.command("plan")(_one_line_errors(plan_command))
 
 
 def main() -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from typing import Any
 
 from .errors import ExpertCacheError
-from .options import ExpertCacheOptions, config_key, flag
+from .options import AUTO, ExpertCacheOptions, config_key, domain, flag
 from .vllm_compat import borrow
 
 WORKER = "vllm_hlwq.worker.ExpertCacheWorker"
@@ -69,7 +70,7 @@ def add_flags(parser: Any) -> None:
     for name, field in ExpertCacheOptions.model_fields.items():
         group.add_argument(
             flag(name),
-            type=_whole_number,
+            type=partial(_parse, name),
             default=None,
             metavar="N",
             help=f"{field.description} (default: {field.default})",
@@ -105,12 +106,9 @@ def configure(vllm_config: Any) -> None:
         ExpertCacheError: an option is unusable or cannot be combined with the rest.
     """
     options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
+    if options.without_meaning is not None:
+        raise ExpertCacheError(options.without_meaning)
     if options.cache_size == 0:
-        if options.staging_size is not None:
-            raise ExpertCacheError(
-                f"{flag('staging_size')} {options.staging_size} has no meaning without {flag('cache_size')}; "
-                "give a cache size, or remove it"
-            )
         return
     from .checks import check_engine_config
 
@@ -118,11 +116,13 @@ def configure(vllm_config: Any) -> None:
     vllm_config.parallel_config.worker_cls = WORKER
 
 
-def _whole_number(text: str) -> int:
+def _parse(name: str, text: str) -> int | str:
+    if name == "cache_size" and text == AUTO:
+        return AUTO
     try:
         value = int(text)
     except ValueError:
         value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of experts, 0 (off) or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {domain(name)}")
     return value

@@ -74,6 +74,12 @@ BORROWED: dict[str, Borrowed] = {
         "base of our worker on a CPU, chosen through the public worker_cls setting",
         ("compile_or_warm_up_model",),
     ),
+    "get_world_group": Borrowed(
+        "vllm.distributed.parallel_state",
+        "get_world_group",
+        "lets the workers of an engine agree on a cache size, each of whose GPUs may have other memory",
+        ("cpu_group", "world_size"),
+    ),
     "PluggableLayer": Borrowed(
         "vllm.model_executor.custom_op",
         "PluggableLayer",

@@ -1,6 +1,7 @@
 """vLLM's worker with an expert cache in its model: chosen through ``worker_cls`` when the cache is on.
 
-Before the model is built it checks that the cache leaves room for a KV cache and puts our layer in place; afterwards it
+Before the model is built it settles a cache size of ``auto``, checks that the cache leaves room for a KV cache and puts
+our layer in place; afterwards it
 checks that every mixture-of-experts layer is ours, clears what warm-up left in the caches, and answers questions about
 counters.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from .auto_size import settle_cache_size
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .host_expert_cache import HostExpertCache
 from .memory_check import Device, check_memory
 from .moe_offload import OffloadedRoutedExperts, cached_layers
-from .options import ExpertCacheOptions
+from .options import AUTO, ExpertCacheOptions
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -43,6 +45,7 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     """Worker whose model keeps its experts in a cache."""
 
     def load_model(self, **arguments: Any) -> None:
+        self._settle_cache_size()
         self._check_memory()
         install_layer()
         super().load_model(**arguments)
@@ -54,13 +57,24 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
             )
         logger.info(describe(list(caches.values())))
 
-    def _check_memory(self) -> None:
-        if not borrow("current_platform").is_cuda():
-            return
-        snapshot = self.init_snapshot
-        device = Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
+    def _settle_cache_size(self) -> None:
+        """Put a number in the place of ``auto``, in this worker's configuration: what is built from now on reads it."""
         options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
-        check_memory(self.vllm_config, options, device)
+        if options.cache_size == AUTO:
+            settle_cache_size(self.vllm_config, options, self._device(), log=self.rank == 0)
+
+    def _check_memory(self) -> None:
+        device = self._device()
+        if device is not None:
+            options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
+            check_memory(self.vllm_config, options, device)
+
+    def _device(self) -> Device | None:
+        """Memory of this worker's GPU, None on a CPU."""
+        if not borrow("current_platform").is_cuda():
+            return None
+        snapshot = self.init_snapshot
+        return Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
