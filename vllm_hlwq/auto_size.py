@@ -39,7 +39,7 @@ def settle_cache_size(vllm_config: Any, options: ExpertCacheOptions, device: Dev
     if least == 0:
         raise ExpertCacheError(f"{flag('cache_size')} {AUTO}: no number fits the GPU of another worker, which says why")
     if log:
-        others = f"; {least} is what the GPU with the least room holds" if least < slots else ""
+        others = ", for which the GPU with the least room has room" if least < slots else ""
         logger.info("Expert cache: %s %s is %d%s: %s", flag("cache_size"), AUTO, least, others, reason)
     vllm_config.additional_config = {**vllm_config.additional_config, config_key("cache_size"): least}
 

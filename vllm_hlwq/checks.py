@@ -22,6 +22,11 @@ def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
     _check_model(vllm_config.model_config, vllm_config.parallel_config, options)
     for reason in _refusals(vllm_config):
         raise ExpertCacheError(f"{reason}, or remove {flag('cache_size')}")
+    if options.kv_floor_seqs is not None and vllm_config.cache_config.kv_cache_memory_bytes:
+        raise ExpertCacheError(
+            f"{flag('kv_floor_seqs')} {options.kv_floor_seqs} has no meaning beside --kv-cache-memory-bytes "
+            f"{vllm_config.cache_config.kv_cache_memory_bytes}, which sizes the KV cache: remove one of them"
+        )
     check_checkpoint_files(vllm_config.model_config.model)
 
 

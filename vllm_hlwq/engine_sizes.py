@@ -144,7 +144,8 @@ def _kv_floor_bytes(rank: _RankSizes, vllm_config: Any, options: ExpertCacheOpti
     elements = kv_floor_elements(layers, length, vllm_config.max_in_flight_tokens)
     # Ranks beyond the heads of keys and values hold copies of them.
     shared = min(vllm_config.parallel_config.tensor_parallel_size, rank.facts.kv_heads)
-    return -(-elements // shared) * value_bytes * (options.kv_floor_seqs or KV_FLOOR_SEQS)
+    sequences = options.kv_floor_seqs or KV_FLOOR_SEQS
+    return int(-(-elements // shared) * value_bytes * sequences)
 
 
 def _reserved_kv_cache(vllm_config: Any) -> int:

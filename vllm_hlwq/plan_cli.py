@@ -16,7 +16,7 @@ LEAST_WIDTH = 112
 """Columns that the table takes."""
 NOTE = (
     "Estimates. Memory is nominal less 2 % for the driver, the link what copies reach of PCIe's rate. Hits are those "
-    "of Gemma-4-26B-A4B with so many experts resident; ms/token is what the link alone then takes for one sequence, and "
+    "of Gemma-4-26B-A4B with so many experts resident; ms/token is what the link alone then takes for one sequence, "
     "tokens/s what it allows at most: no promise of speed."
 )
 
@@ -47,6 +47,9 @@ def plan_command(
         list[float] | None,
         typer.Option(min=0, max=1, help="Share of hits to give a bound for; may be repeated.", show_default=False),
     ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Plan for the reference backend, as on a CPU.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say how many experts a GPU holds of a model, what that takes, and what its link allows."""
@@ -66,6 +69,7 @@ def plan_command(
         slots=slots,
         staging_size=staging_size,
         hits_permille=tuple(round(1000 * share) for share in hit_rate) if hit_rate else HIT_RATES,
+        reference=reference,
     )
     report = Plan(model, settings).report(gpu)
     if as_json:
@@ -104,7 +108,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"{gib(report['kv_floor_bytes'])} GiB; steps of {settings['max_num_batched_tokens']:,} tokens, "
         f"{settings['max_num_seqs']} sequences",
     ]
-    if report["backend"] == "reference":
+    if report["backend"] == "reference" and report["format"] == "16 bit":
         lines.append(
             "16-bit experts run on the reference backend, with --enforce-eager, and are slow: serve an INT4 export "
             "(hlwq export)"

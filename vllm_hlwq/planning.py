@@ -17,7 +17,7 @@ from .config_facts import ConfiguredModel, configured_model
 from .errors import CheckpointError
 from .gpus import GPUS, Gpu
 from .options import KV_FLOOR_SEQS
-from .served_checkpoint import PLAIN, served_checkpoint
+from .served_checkpoint import served_checkpoint
 from .sizing import (
     BankSizes,
     DenseModel,
@@ -49,6 +49,7 @@ class Settings:
     slots: experts per layer; None for as many as fit.
     staging_size: experts of a staging bank; None for the default.
     hits_permille: hits of 1000, for which a bound is given.
+    reference: whether INT4 experts run on the reference backend too, as on a CPU.
     """
 
     context: int | None = None
@@ -60,6 +61,7 @@ class Settings:
     slots: int | None = None
     staging_size: int | None = None
     hits_permille: tuple[int, ...] = HIT_RATES
+    reference: bool = False
 
 
 class Plan:
@@ -97,18 +99,22 @@ class Plan:
     def step(self) -> Step:
         tokens = self.settings.max_num_batched_tokens
         sequences = min(self.settings.max_num_seqs, tokens)
-        graphs = 0 if self.served.format == PLAIN else graphs_captured(sequences, tokens)
+        graphs = 0 if self.reference else graphs_captured(sequences, tokens)
         return Step(tokens, sequences, graphs)
 
+    @property
+    def reference(self) -> bool:
+        """Whether the reference backend runs the experts."""
+        return self.settings.reference or not self.sizes.experts[0].packed
+
     def banks(self, device_bytes: int) -> BankSizes:
-        experts = self.sizes.experts
         return BankSizes(
-            tuple(shape.record_bytes for shape in experts),
+            tuple(s.stored_bytes if self.reference else s.record_bytes for s in self.sizes.experts),
             self.model.facts.num_experts,
             self.model.top_k,
             device_bytes,
             self.settings.staging_size,
-            reference=not experts[0].packed,
+            reference=self.reference,
         )
 
     @cached_property

@@ -78,7 +78,6 @@ BORROWED: dict[str, Borrowed] = {
         "vllm.distributed.parallel_state",
         "get_world_group",
         "lets the workers of an engine agree on a cache size, each of whose GPUs may have other memory",
-        ("cpu_group", "world_size"),
     ),
     "PluggableLayer": Borrowed(
         "vllm.model_executor.custom_op",
