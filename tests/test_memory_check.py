@@ -164,7 +164,7 @@ def test_vllm_takes_at_least_that_and_little_more(request: pytest.FixtureRequest
     if model == "qwen3_moe_int4":
         assert needed == demand.kv_cache // length * 128 * -(-length // 128)
     # The estimate that a cache size of auto is based on is on the other side of both.
-    config.cache_config.block_size = 64
+    config.cache_config.block_size, config.cache_config.kv_cache_layout = 64, "LBNHC"
     estimate = device_estimate(config, ExpertCacheOptions(cache_size="auto", kv_floor_seqs=3), GIB)
     assert sum(parameters.values()) <= estimate.dense
     groups = get_kv_cache_groups(config, worker.get_kv_cache_spec())

@@ -97,7 +97,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     """What does not depend on a GPU, line by line."""
     settings = report["settings"]
     form = report["format"]
-    if report["group_size"] is not None and form == "HLWQ":
+    if form == "HLWQ":
         form = f"HLWQ, served as its INT4 export in groups of {report['group_size']}"
     lines = [
         f"{report['model']}: {form}; {report['layers']} layers of {report['experts']} experts, {report['top_k']} of "

@@ -193,7 +193,7 @@ class Plan:
         return {
             "model": self.path.name,
             "format": self.served.format,
-            "group_size": self.served.group_size,
+            "group_size": self.sizes.experts[0].group_size,
             "backend": "reference" if banks.reference else "marlin",
             "layers": len(banks.records),
             "experts": facts.num_experts,

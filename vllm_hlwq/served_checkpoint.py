@@ -37,12 +37,10 @@ class ServedCheckpoint:
 
     format: of the experts in the folder: ``INT4``, ``HLWQ`` or ``16 bit``.
     tensors: by name, as loaded.
-    group_size: of an export that does not exist yet; None otherwise.
     """
 
     format: str
     tensors: Mapping[str, Tensor]
-    group_size: int | None = None
 
 
 class ShapeSource:
@@ -152,7 +150,7 @@ def _exported(kind: str, source: WeightSource, group_size: GroupSize, symmetric:
             tensors.update((bias.name, Parameter(bias.shape, parameter.dtype)) for bias in plan.biases[name])
         else:
             tensors[name] = parameter
-    return ServedCheckpoint(kind, tensors, plan.group_size)
+    return ServedCheckpoint(kind, tensors)
 
 
 def _unfused(source: WeightSource) -> ServedCheckpoint:
