@@ -20,6 +20,7 @@ from vllm_hlwq.engine_sizes import device_estimate, model_facts
 from vllm_hlwq.gpus import GPUS, Gpu
 from vllm_hlwq.options import ExpertCacheOptions
 from vllm_hlwq.planning import Plan, Settings
+from vllm_hlwq.served_checkpoint import model_folder
 
 GIB = 2**30
 SHIPPED = Path(__file__).parent.parent / "examples/tiny_moe/model"
@@ -114,6 +115,34 @@ def test_asymmetric_int4_from_config_json_alone(gemma4_bf16: Path, tmp_path: Pat
     bare = without_weights(tmp_path / "model", tmp_path / "bare")
     (whole, alone) = (plan(tmp_path / "model"), plan(bare))
     assert whole["expert_bytes"] == alone["expert_bytes"] == 3 * 192 * 128 * 37 // 64
+
+
+def test_int4_outside_the_experts_is_not_guessed(gemma4_bf16: Path, tmp_path: Path) -> None:
+    export_int4(gemma4_bf16, tmp_path / "model", linears=True)
+    bare = without_weights(tmp_path / "model", tmp_path / "bare")
+    assert "config.json does not say that" in fails("plan", bare)
+    assert plan(tmp_path / "model")["expert_bytes"] == 78_336 // 2
+    config = json.loads((bare / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:.*self_attn.*", "re:.*mlp.*"]
+    (bare / "config.json").write_text(json.dumps(config))
+    assert plan(bare)["dense_bytes"] == plan(gemma4_bf16)["dense_bytes"]
+
+
+def test_a_name_of_the_hub_is_found_in_its_cache(
+    tiny_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--owner--tiny/snapshots/0123"
+    shutil.copytree(tiny_int4, snapshot)
+    (tmp_path / "models--owner--tiny/refs").mkdir()
+    (tmp_path / "models--owner--tiny/refs/main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert model_folder("owner/tiny", None) == snapshot
+    assert model_folder("owner/tiny", "0123") == snapshot
+    assert model_folder("owner/other", None) is None
+    assert model_folder("no/such/name", None) is None
+    assert model_folder(str(tiny_int4), None) == tiny_int4
+    assert plan("owner/tiny")["expert_bytes"] == 78_336
+    assert "owner/other: does not exist" in fails("plan", "owner/other")
 
 
 def test_an_index_of_other_weights_is_noticed(tiny_int4: Path, tmp_path: Path) -> None:

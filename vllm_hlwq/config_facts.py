@@ -48,13 +48,17 @@ def rotary_elements(text_config: Any, length: int) -> int:
 
 
 def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // _heads(config))
+
+
+def _heads(config: Any) -> int:
+    return int(getattr(config, "num_attention_heads", None) or 1)
 
 
 def least_kv_heads(text_config: Any) -> int:
     """Heads of keys and values of the layer with the fewest: more ranks than that hold copies."""
     layers = layer_configs(text_config)
-    return min(int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads) for layer in layers)
+    return min(int(getattr(layer, "num_key_value_heads", None) or _heads(layer)) for layer in layers)
 
 
 def configured_model(path: Path, length: int) -> ConfiguredModel:

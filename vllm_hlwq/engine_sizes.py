@@ -8,13 +8,12 @@ own size cannot be known.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from .checkpoint_sizes import ModelFacts, ModelSizes, UnknownSizes, model_sizes
 from .config_facts import least_kv_heads, rotary_elements
 from .options import KV_FLOOR_SEQS, ExpertCacheOptions
-from .served_checkpoint import served_checkpoint
+from .served_checkpoint import model_folder, served_checkpoint
 from .sizing import (
     BankSizes,
     DenseModel,
@@ -97,7 +96,10 @@ def _rank_sizes(vllm_config: Any, options: ExpertCacheOptions, device_bytes: int
     _check_settings(vllm_config)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     facts = model_facts(model)
-    sizes = model_sizes(served_checkpoint(Path(model.model)).tensors, facts)
+    folder = model_folder(model.model, model.revision)
+    if folder is None:
+        raise UnknownSizes(f"{model.model} is no local folder, and the hub's cache does not hold it")
+    sizes = model_sizes(served_checkpoint(folder).tensors, facts)
     ranks = parallel.tensor_parallel_size
     whole = parallel.enable_expert_parallel  # ranks get whole experts, else a part of each
     shapes = [replace(shape, width=shape.width // (1 if whole else ranks)) for shape in sizes.experts]
@@ -159,13 +161,11 @@ def _every_layer_attends(model: Any) -> bool:
 
 
 def _check_settings(vllm_config: Any) -> None:
-    parallel, offload, model = vllm_config.parallel_config, vllm_config.offload_config, vllm_config.model_config
+    parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
     if parallel.world_size != parallel.tensor_parallel_size or parallel.decode_context_parallel_size > 1:
         raise UnknownSizes("layers or sequences are dealt to several GPUs")
     if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
         raise UnknownSizes("weights are offloaded to the host")
-    if not Path(model.model).is_dir():
-        raise UnknownSizes(f"{model.model} is no local folder")
 
 
 def model_facts(model_config: Any) -> ModelFacts:

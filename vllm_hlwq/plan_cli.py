@@ -23,7 +23,11 @@ NOTE = (
 
 def plan_command(
     model: Annotated[
-        Path, typer.Argument(help="Folder of the model: config.json, with or without weights.", show_default=False)
+        str,
+        typer.Argument(
+            help="Folder of the model: config.json, with or without weights. Or its name, if the hub's cache has it.",
+            show_default=False,
+        ),
     ],
     vram: Annotated[str | None, typer.Option(help="Nominal memory of a GPU, like 24GiB.")] = None,
     ram: Annotated[str | None, typer.Option(help="Memory of the host, like 64GiB; not judged without it.")] = None,
@@ -56,6 +60,7 @@ def plan_command(
     from .gpus import Gpu
     from .planning import HIT_RATES, Plan, Settings
     from .quantities import parse_bytes, parse_rate
+    from .served_checkpoint import model_folder
 
     rate = parse_rate(link, "--link")
     gpu = None if vram is None else Gpu("--vram", parse_bytes(vram, "--vram"), rate, "--link")
@@ -71,7 +76,7 @@ def plan_command(
         hits_permille=tuple(round(1000 * share) for share in hit_rate) if hit_rate else HIT_RATES,
         reference=reference,
     )
-    report = Plan(model, settings).report(gpu)
+    report = Plan(model_folder(model, None) or Path(model), settings).report(gpu)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

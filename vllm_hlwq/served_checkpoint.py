@@ -7,18 +7,21 @@ export, which is what is served. A folder without weights is asked for its ``con
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from .checkpoint.architecture import parameter_shapes
 from .checkpoint.conversion import listed
 from .checkpoint.export import GroupSize, int4_group, plan_export
 from .checkpoint.int4_source import is_int4
-from .checkpoint.layouts import expert_matrices
+from .checkpoint.layouts import expert_matrices, linear_matrix
 from .checkpoint.reader import HlwqSource, is_hlwq
 from .checkpoint.sources import Parameter, PlainSource, WeightSource
 from .checkpoint.tensor_folder import TensorFolder, read_json
@@ -29,6 +32,8 @@ from .int4_checkpoint import int4_arguments
 
 INT4, HLWQ, PLAIN = "INT4", "HLWQ", "16 bit"
 INT4_WEIGHTS = {"num_bits": 4, "type": "int"}
+PATTERN = "re:"
+"""What a regular expression in compressed-tensors' list of ignored modules begins with."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,17 @@ class ShapeSource:
         return []
 
 
+def model_folder(model: str, revision: str | None) -> Path | None:
+    """Where a model's files lie: the folder itself, or for a name of the hub what its cache holds; None if nothing."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def served_checkpoint(path: Path) -> ServedCheckpoint:
     """Read headers, or where there are no weights the configuration.
 
@@ -98,6 +114,7 @@ def _from_configuration(path: Path, config: dict[str, Any]) -> ServedCheckpoint:
         served = _unfused(source)
     else:
         group_size, symmetric = _int4_settings(path, quantization)
+        _check_ignored(source, quantization.get("ignore") or [])
         served = _exported(INT4, source, group_size, symmetric)
     _check_index(path / INDEX, served.tensors)
     return served
@@ -115,6 +132,23 @@ def _int4_settings(path: Path, quantization: Any) -> tuple[GroupSize, bool]:
     raise CheckpointError(
         f"{path}: holds no weights, and what they take in {method!r} is not known from config.json; download the model"
     )
+
+
+def _check_ignored(source: ShapeSource, ignored: list[str]) -> None:
+    """Hold that only experts are INT4: where other linear layers are too, a model's own code says which.
+
+    Raises:
+        CheckpointError: a linear layer outside the experts is not named among those that stay in 16 bit.
+    """
+    exact = {name for name in ignored if not name.startswith(PATTERN)}
+    patterns = [re.compile(name.removeprefix(PATTERN)) for name in ignored if name.startswith(PATTERN)]
+    for name in source.parameters:
+        matrix = None if expert_matrices(source, name) else linear_matrix(source, name)
+        if matrix and matrix.module not in exact and not any(pattern.match(matrix.module) for pattern in patterns):
+            raise CheckpointError(
+                f"{source.path}: holds no weights, and config.json does not say that {matrix.module} stays in 16 bit, "
+                "so sizes are not known; download the model"
+            )
 
 
 def _check_index(index: Path, tensors: Mapping[str, Tensor]) -> None:
