@@ -223,7 +223,7 @@ def test_an_estimate_by_hand() -> None:
     )
     parts = DeviceEstimate(1, 20, 300, 4000, 50_000, 600_000, 7_000_000, banks)
     assert parts.bytes(3) == 7_654_321 + banks.bytes(3)
-    assert [parts.most_slots(parts.bytes(1) + extra) for extra in (-1, 0)] == [0, 8]  # two layers, two staging banks
+    assert [parts.most_slots(parts.bytes(1) + extra) for extra in (-1, 0)] == [0, 1]
     assert DENSE.transient_bytes(Step(1, 40, 0)) == 40 * 50 * 12
     assert DENSE.transient_bytes(Step(1, 40, 0, v2_runner=False)) == 40 * 50 * 32
     assert DENSE.sampler_bytes(Step(1, 40, 0, v2_runner=False)) == 0
