@@ -34,7 +34,9 @@ class KnownSteps:
         return len(self.steps[0])
 
 
-def known_steps(experts: int, slots: int, distinct: int, misses: int, calls: int = 1) -> KnownSteps:
+def known_steps(
+    experts: int, slots: int, distinct: int, misses: int, calls: int = 1, prompt: bool = False
+) -> KnownSteps:
     """Steps of ``distinct`` experts of which ``misses`` have no slot.
 
     Args:
@@ -43,11 +45,12 @@ def known_steps(experts: int, slots: int, distinct: int, misses: int, calls: int
         distinct: experts that a step names.
         misses: of them without a slot.
         calls: steps of the period, or more.
+        prompt: whether the planner takes the steps for a prompt (``expert_cache.is_prompt``).
 
     Raises:
         ValueError: no such sequence is known.
     """
-    found = _arrangement(experts, slots, distinct, misses, calls)
+    found = _arrangement(experts, slots, distinct, misses, calls, prompt)
     if found is None:
         raise ValueError(
             f"no steps are known that name {distinct} of {experts} experts and keep missing {misses} with {slots} slots"
@@ -62,7 +65,7 @@ def known_steps(experts: int, slots: int, distinct: int, misses: int, calls: int
 
 
 def _arrangement(
-    experts: int, slots: int, distinct: int, misses: int, calls: int
+    experts: int, slots: int, distinct: int, misses: int, calls: int, prompt: bool
 ) -> tuple[int, int, tuple[int, int]] | None:
     """How many experts to make resident before, how many are the pool of hits, and the periods of hits and misses."""
     hits = distinct - misses
@@ -71,7 +74,7 @@ def _arrangement(
     if distinct <= slots:
         periods = _periods(experts, slots, hits, misses)
         return None if periods is None else (0, periods[0] * hits, periods)
-    if 2 * distinct > experts:  # streaming: slots stay as they are
+    if prompt:  # streaming: slots stay as they are
         return slots, slots, (calls, calls)
     # All slots but those of the hits change hands in every step, so the next step's misses must be other experts.
     blocks = (experts - hits) // misses
@@ -101,16 +104,16 @@ def _periods(experts: int, slots: int, hits: int, misses: int) -> tuple[int, int
     return None
 
 
-def is_known(experts: int, slots: int, distinct: int, misses: int) -> bool:
+def is_known(experts: int, slots: int, distinct: int, misses: int, prompt: bool = False) -> bool:
     """Whether ``known_steps`` has such steps."""
-    return _arrangement(experts, slots, distinct, misses, calls=1) is not None
+    return _arrangement(experts, slots, distinct, misses, 1, prompt) is not None
 
 
-def miss_counts(experts: int, slots: int, distinct: int) -> list[int]:
+def miss_counts(experts: int, slots: int, distinct: int, prompt: bool = False) -> list[int]:
     """Numbers of misses to measure: the fewest and the most that steps can keep up, and powers of two between."""
     fewest, most = max(0, distinct - slots), min(distinct, experts - slots)
     wanted = {fewest, most, *(count for count in MISS_COUNTS if fewest <= count <= most)}
-    return [count for count in sorted(wanted) if is_known(experts, slots, distinct, count)]
+    return [count for count in sorted(wanted) if is_known(experts, slots, distinct, count, prompt)]
 
 
 def ids_of(known: KnownSteps, tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:

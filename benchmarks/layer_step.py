@@ -20,11 +20,12 @@ from vllm_hlwq.bench.moe_shapes import MoeShape
 from vllm_hlwq.bench.random_layer import marlin_backend, random_experts, use_engine_workspace
 from vllm_hlwq.device_expert_cache import DeviceExpertCache
 from vllm_hlwq.device_loading import load_cache
+from vllm_hlwq.expert_cache import is_prompt
 from vllm_hlwq.gather_kernel import Gather
 from vllm_hlwq.plan_kernel import plan
 from vllm_hlwq.wave_blocks import Alignment, blocks_of_waves
 
-DECODE_EXPERTS = {1: 8, 8: 48, 32: 101}
+DECODE_EXPERTS = {1: 8, 8: 41, 32: 80}
 """Experts that a batch names, by its tokens: of 128 at 8 a token, with the locality of ``bench/routing.py``."""
 PREFILL_TOKENS = (2048, 8192)
 QUICK_TOKENS = (1, 8, 2048)
@@ -172,7 +173,9 @@ def measure_case(
     Raises:
         AssertionError: the cache missed other than known, or its output is not the resident layer's.
     """
-    known = known_steps(layer.shape.experts, cache.num_slots, named, misses, CALLS.get(tokens, PREFILL_CALLS))
+    shape = layer.shape
+    prompt = is_prompt(tokens * shape.top_k, shape.experts)
+    known = known_steps(shape.experts, cache.num_slots, named, misses, CALLS.get(tokens, PREFILL_CALLS), prompt)
     ids = ids_of(known, tokens, layer.shape.top_k).to(layer.device)
     resident_us, wanted = layer.steps_us(layer.resident, ids)
     step_us = resident_us

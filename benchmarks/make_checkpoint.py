@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from vllm_hlwq.checkpoint.conversion import readable
-from vllm_hlwq.checkpoint.export import int4_group, plan_export, quantization_config
+from vllm_hlwq.checkpoint.export import quantization_config
+from vllm_hlwq.checkpoint.export_plan import int4_group, plan_export
 from vllm_hlwq.checkpoint.shard import Group, TensorPlan, shard_index, shard_layout, shard_name, shards_of
 from vllm_hlwq.checkpoint.sources import Parameter
 from vllm_hlwq.checkpoint.tensor_folder import TensorFolder

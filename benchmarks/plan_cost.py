@@ -12,6 +12,7 @@ import torch
 from known_misses import KnownSteps, check_outcome, first_ids, ids_of, is_known, known_steps
 
 from vllm_hlwq.bench.cuda_timing import seconds_per_call
+from vllm_hlwq.expert_cache import is_prompt
 from vllm_hlwq.marlin_moe import block_size
 from vllm_hlwq.plan_kernel import DeviceSlotTable, plan
 from vllm_hlwq.vllm_compat import borrow
@@ -91,8 +92,8 @@ def measure_tokens(table: DeviceSlotTable, tokens: int) -> dict[str, Any]:
         "waves": waves_of(table, tokens), "align_us": align_us, "blocks_us": blocks_us, "plans": plans,
         "growth": plans[-1]["us"] / plans[0]["us"], "every_expert_us": None,
     }  # fmt: skip
-    if tokens * top_k >= 4 * experts:
-        known = known_steps(experts, slots, experts, experts - slots, calls)
+    if is_prompt(tokens * top_k, experts):
+        known = known_steps(experts, slots, experts, experts - slots, calls, prompt=True)
         row["every_expert_us"] = plan_us(table, known, tokens)
     return row
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kv_cache_bars import kv_bars
+
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -162,6 +164,65 @@ def moe_layer(result: dict[str, Any]) -> str:
     )
 
 
+def kv_cache(result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    verdicts = "".join(
+        f"- {'holds' if bar['holds'] else '**missed**'} ({bar['value']:.2f}): {bar['bar']}\n" for bar in kv_bars(result)
+    )
+    steps = "".join(
+        f"| {model['model']} | {row['cache']} | {row['ms']:.1f} | {row['ratio']:.2f} |\n"
+        for model in result["speed"]
+        for row in model["rows"]
+    )
+    speed = result["speed"][0]
+    return (
+        f"Against what was asked of it:\n\n{verdicts}\n## Time\n\n"
+        f"A step of one token after {speed['length']:,}, median of {speed['steps']} (of {speed['slow_steps']} for "
+        f"those that decode), the caches in turn; threads: {environment['cores']}.\n\n"
+        f"| model | cache | ms | of BF16's |\n|---|---|---|---|\n{steps}\n"
+        f"{kv_bytes(result['models'])}{kv_accuracy(result)}"
+        f"({machine(environment)}; made by `benchmarks/kv_cache.py`.)\n"
+    )
+
+
+def kv_bytes(models: dict[str, Any]) -> str:
+    text = "## Bytes\n\nAll that a cache holds, in MiB, room that is not filled yet included.\n"
+    for name, model in models.items():
+        head = "".join(f" | {length:,}" for length in model["lengths"])
+        rows = "".join(
+            f"| {cache} | " + " | ".join(f"{size / MIB:,.2f}" for size in sizes) + " |\n"
+            for cache, sizes in model["bytes"].items()
+        )
+        parts = "; ".join(
+            f"{int(length):,} tokens: "
+            + ", ".join(f"{kind.replace('_', ' ')} {size / MIB:,.2f}" for kind, size in kinds.items())
+            for length, kinds in model["kinds"].items()
+        )
+        text += f"\n{name}:\n\n|{head} |\n|---{'|---' * len(model['lengths'])}|\n{rows}\n"
+        text += f"At 3 bits these are, in MiB, at {parts}.\n"
+        for reason in sorted(set(model["skipped"].values())):
+            caches = ", ".join(cache for cache, why in model["skipped"].items() if why == reason)
+            text += f"\nLeft out: {caches}: “{reason}”.\n"
+    return text + "\n"
+
+
+def kv_accuracy(result: dict[str, Any]) -> str:
+    cosines = "".join(f"| {row['cache']} | {row['keys']:.4f} | {row['values']:.4f} |\n" for row in result["cosines"])
+    perplexity = "".join(
+        f"| {row['cache']} | {'' if row['window'] is None else row['window']} | {row['perplexity']:.3f} | "
+        + ("" if row["window"] is None else f"{row['relative']:+.2%} ± {row['error']:.2%}")
+        + " |\n"
+        for row in result["perplexity"]
+    )
+    return (
+        f"## Accuracy\n\nThe shipped tiny model, {result['texts']} held-out texts of {result['context']} tokens: mean "
+        "cosine of its keys and values with what a cache makes of them, and perplexity of each text's second half, "
+        "one token a step. It has one layer of full attention.\n\n"
+        f"| | keys | values |\n|---|---|---|\n{cosines}\n"
+        f"| | exact window | perplexity | above BF16 |\n|---|---|---|---|\n{perplexity}\n"
+    )
+
+
 def planner(result: dict[str, Any]) -> str:
     rows = ""
     for row in result["rows"]:
@@ -215,6 +276,33 @@ def plan_tables(name: str, report: dict[str, Any]) -> str:
     )
 
 
+def routing_traces(result: dict[str, Any]) -> str:
+    live = "".join(
+        f"| {row['slots']} | {row['steps']:,} | {row['queries']:,} | {row['live_hits']:,} "
+        f"| {row['simulated_hits']:,} | {len(row['differences']) or 'none'} |\n"
+        for row in result["live"]
+    )
+    curve = "".join(
+        f"| {row['slots']} | {row['hit_rate']:.1%} | {row['optimal_hit_rate']:.1%} "
+        f"| {min(row['layer_hit_rates']):.1%} to {max(row['layer_hit_rates']):.1%} "
+        f"| {row['decode_bytes_per_token'] / 1e3:,.0f} |\n"
+        for row in result["slots"]
+    )
+    return (
+        "Servers of the demo's model with several cache sizes recorded the same requests; of each the trace was "
+        "replayed with the same number of slots. Every counter of every layer was compared:\n\n"
+        "| slots | steps | experts needed | hits, counted live | hits, simulated | differences |\n"
+        f"|---|---|---|---|---|---|\n{live}\n"
+        f"The trace of {result['shipped_slots']} slots ships as `examples/tiny_moe/trace.safetensors` "
+        f"({result['tokens']:,} tokens, {result['decode_tokens']:,} of them decoded, {result['file_bytes']:,} bytes). "
+        "What it says of every cache size of this small model, which spreads its tokens widely:\n\n"
+        "| slots | hit rate | optimum | by layer | kB a decoded token |\n"
+        f"|---|---|---|---|---|\n{curve}\n"
+        "![Hit rate over slots: the cache, each of its layers, and Belady's optimum](routing_traces.png)\n\n"
+        f"({machine(result['environment'])}; made by `benchmarks/routing_traces.py`.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
@@ -223,6 +311,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "codec_ideas": codec_ideas,
     "moe_layer": moe_layer,
     "sizing": sizing,
+    "kv_cache": kv_cache,
+    "routing_traces": routing_traces,
 }
 
 

@@ -14,6 +14,7 @@ from transformers import (
     Gemma4VisionConfig,
     Glm4MoeConfig,
     GptOssConfig,
+    LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -60,9 +61,9 @@ def gemma4_config(**changes: Any) -> PreTrainedConfig:
     return Gemma4TextConfig(**settings | changes)
 
 
-def qwen3_moe_config() -> PreTrainedConfig:
+def qwen3_moe_config(**changes: Any) -> PreTrainedConfig:
     """SiLU experts with renormalised top-k weights."""
-    return Qwen3MoeConfig(
+    settings: dict[str, Any] = dict(
         **COMMON,
         intermediate_size=128,
         num_key_value_heads=2,
@@ -72,6 +73,12 @@ def qwen3_moe_config() -> PreTrainedConfig:
         norm_topk_prob=True,
         tie_word_embeddings=False,
     )
+    return Qwen3MoeConfig(**settings | changes)
+
+
+def qwen3_moe_wide_config() -> PreTrainedConfig:
+    """Expert matrices of several blocks of 128 either way."""
+    return qwen3_moe_config(hidden_size=256, moe_intermediate_size=384)
 
 
 FEW: dict[str, Any] = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
@@ -96,12 +103,18 @@ def glm4_moe_config() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def gpt_oss_config() -> PreTrainedConfig:
+def gpt_oss_config(**changes: Any) -> PreTrainedConfig:
     """Stacks with the input first, gate and up alternating, and biases."""
-    return GptOssConfig(
+    settings: dict[str, Any] = dict(
         **COMMON, **FEW, intermediate_size=64, num_local_experts=4, sliding_window=64,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
+    return GptOssConfig(**settings | changes)
+
+
+def gpt_oss_served_config() -> PreTrainedConfig:
+    """The same with as many experts as the other models that are served."""
+    return gpt_oss_config(num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
 
 
 def gemma4_multimodal_config() -> PreTrainedConfig:
@@ -120,6 +133,11 @@ def gemma4_multimodal_config() -> PreTrainedConfig:
 def dense_config() -> PreTrainedConfig:
     """No experts at all."""
     return Qwen3Config(**COMMON, intermediate_size=128, num_key_value_heads=2)
+
+
+def llama_config() -> PreTrainedConfig:
+    """Dense, with an output head of its own; a hidden size that is no multiple of 128."""
+    return LlamaConfig(**COMMON | {"hidden_size": 160}, intermediate_size=192, num_key_value_heads=2)
 
 
 def write(config: PreTrainedConfig, out: Path, seed: int = 0, varied: bool = False, **save: Any) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +16,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
+import hf_models
 import hlwq_files
 from int4_format import MODELS
 from quantizing import SHARD_BYTES
 
-from vllm_hlwq.checkpoint.dequantize import open_source
+from vllm_hlwq.checkpoint.dequantize import dequantize, open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.quantize import quantize
 
@@ -35,6 +38,14 @@ def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model that ships, in 16 bit."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-moe-bf16"
+    dequantize(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(checkpoints.gemma4_config(), tmp_path_factory.mktemp("gemma4"))
 
@@ -42,6 +53,24 @@ def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def qwen3_moe_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(checkpoints.qwen3_moe_config(), tmp_path_factory.mktemp("qwen3-moe"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe_wide_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(checkpoints.qwen3_moe_wide_config(), tmp_path_factory.mktemp("qwen3-moe-wide"))
+
+
+@pytest.fixture(scope="session")
+def gpt_oss_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With biases that are not zero."""
+    return checkpoints.write(checkpoints.gpt_oss_served_config(), tmp_path_factory.mktemp("gpt-oss"), varied=True)
+
+
+@pytest.fixture
+def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Puts another function in the place of the one that chooses a layer's backend, and a size to a GPU that is not."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**34, 2**34))
+    return lambda make: monkeypatch.setattr("vllm_hlwq.moe_offload.choose_backend", make)
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +127,9 @@ def varied_coded(varied_source: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("coded") / "out"
     quantize(varied_source, out, shard_bytes=SHARD_BYTES)
     return out
+
+
+@pytest.fixture(scope="session")
+def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, hf_models.Folders]:
+    """Models that transformers loads coded, decoded, and as they were."""
+    return {name: hf_models.make(name, tmp_path_factory.mktemp(name)) for name in hf_models.CONFIGS}

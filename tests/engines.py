@@ -21,10 +21,14 @@ def rendezvous() -> str:
     return f"file://{tempfile.mkdtemp()}/rendezvous"
 
 
-def engine_config(model: Path, cache_size: int | str, staging_size: int | None = None, **engine_args: Any) -> Any:
+def engine_config(
+    model: Path, cache_size: int | str, staging_size: int | None = None, trace: Path | None = None, **engine_args: Any
+) -> Any:
     """vLLM's finished configuration, as ``LLM(model, additional_config=...)`` would make it."""
     arguments = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 512, **engine_args}
-    options = {"moe_expert_cache_size": cache_size, "moe_expert_staging_size": staging_size}
+    options: dict[str, Any] = {"moe_expert_cache_size": cache_size, "moe_expert_staging_size": staging_size}
+    if trace is not None:
+        options["moe_expert_trace"] = str(trace)
     return EngineArgs(model=str(model), additional_config=options, **arguments).create_engine_config()
 
 

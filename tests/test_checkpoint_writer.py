@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hlwq_files import edit_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_format import weights as tensors
@@ -76,10 +77,11 @@ def test_shards_index_and_sums(varied_source: Path, varied_coded: Path) -> None:
         "quant_method": "polarengine", "format": "hlwq-q5", "bits": 5, "block_size": 128, "norm_dtype": "float16",
         "packing": "msb", "rotation": "sylvester", "codebook": "explicit", "modules_to_not_convert": ["norm", "router"],
     }  # fmt: skip
+    assert config.pop("auto_map") == {"AutoConfig": "hlwq_auto.HLWQAutoConfig"}
     assert config == json.loads((varied_source / "config.json").read_text())
     others = {path.name for path in varied_coded.iterdir()} - {file.name for file in files}
     assert others == {
-        "config.json", "generation_config.json", "hlwq_config.json", "hlwq_sha256.json",
+        "config.json", "generation_config.json", "hlwq_auto.py", "hlwq_config.json", "hlwq_sha256.json",
         "model.safetensors.index.json", "tokenizer.json",
     }  # fmt: skip
 
@@ -192,3 +194,15 @@ def test_groups_are_dealt_in_order_and_shards_are_as_full_as_they_may_be(sizes: 
     totals = [sum(group.bytes for group in shard) for shard in shards]
     assert all(shard and (total <= limit or len(shard) == 1) for shard, total in zip(shards, totals, strict=True))
     assert all(total + after[0].bytes > limit for total, after in zip(totals, shards[1:], strict=False))
+
+
+def test_a_model_with_code_of_its_own_keeps_it(varied_source: Path, tmp_path: Path) -> None:
+    """Ours would stand in the place of its configuration class."""
+    source = tmp_path / "source"
+    shutil.copytree(varied_source, source)
+    own = {"AutoConfig": "configuration_own.OwnConfig"}
+    edit_json(source / "config.json", lambda config: config.update(auto_map=own))
+    quantize(source, tmp_path / "out", fit="norm")
+    assert json.loads((tmp_path / "out/config.json").read_text())["auto_map"] == own
+    assert not (tmp_path / "out/hlwq_auto.py").exists()
+    assert HlwqSource(tmp_path / "out").config()["auto_map"] == own

@@ -24,6 +24,8 @@ RAW = RecordLayout(
 class Transposing:
     """Stands for a kernel's layout: matrices transposed, scales first; ``extra`` columns of padding."""
 
+    converts = True
+
     def __init__(self, extra: int) -> None:
         self.extra = extra
 
@@ -57,6 +59,17 @@ def test_every_expert_is_converted(monkeypatch: pytest.MonkeyPatch, extra: int, 
     for name, values in wanted.items():
         assert torch.equal(store.field(name), torch.stack(values))
     assert store.device_address is not None
+    assert runtime.sizes == {store.address: store.nbytes}
+
+
+def test_experts_that_need_no_conversion_stay_untouched() -> None:
+    class AsLoaded:
+        converts = False
+
+    raw, runtime = HostStore(EXPERTS, RAW), MemoryLock()
+    store = convert_store(raw, kernel_layout(raw, AsLoaded(), CPU), AsLoaded(), CPU, runtime)
+    assert store is raw
+    assert store.layout.key() == RAW.key()
     assert runtime.sizes == {store.address: store.nbytes}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import render
 
+from vllm_hlwq.metrics import METRICS
 from vllm_hlwq.options import ExpertCacheOptions, flag
 
 PROJECT = Path(__file__).parent.parent
@@ -28,6 +29,11 @@ def test_the_architecture_names_every_module() -> None:
 def test_the_readme_names_every_flag() -> None:
     text = (PROJECT / "README.md").read_text()
     assert all(flag(name) in text for name in ExpertCacheOptions.model_fields)
+
+
+def test_the_metrics_page_lists_the_metrics() -> None:
+    rows = re.findall(r"^\| `(vllm:\w+)` \| (\w+) \| (.*) \|$", (PROJECT / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert rows == [(metric.exposed_name, metric.kind, metric.documentation) for metric in METRICS]
 
 
 def test_no_path_of_a_build_machine_is_in_the_tree() -> None:

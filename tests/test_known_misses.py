@@ -14,7 +14,7 @@ from known_misses import KnownSteps, check_outcome, first_ids, ids_of, is_known,
 
 from vllm_hlwq.bench.moe_shapes import SHAPES
 from vllm_hlwq.bench.routing import locality_trace
-from vllm_hlwq.expert_cache import SlotTable
+from vllm_hlwq.expert_cache import SlotTable, is_prompt
 
 
 def follow(known: KnownSteps, experts: int, slots: int, tokens: int, top_k: int) -> None:
@@ -40,7 +40,8 @@ def follow(known: KnownSteps, experts: int, slots: int, tokens: int, top_k: int)
 def test_every_step_of_the_layer_part_misses_as_stated(slots: int) -> None:
     shape = SHAPES["gemma-4-26b-a4b"]
     for tokens, named, misses in layer_step.cases(shape, slots, quick=False):
-        known = known_steps(128, slots, named, misses, layer_step.CALLS.get(tokens, layer_step.PREFILL_CALLS))
+        calls = layer_step.CALLS.get(tokens, layer_step.PREFILL_CALLS)
+        known = known_steps(128, slots, named, misses, calls, is_prompt(tokens * shape.top_k, 128))
         assert (known.distinct, known.misses) == (named, misses)
         follow(known, 128, slots, tokens, shape.top_k)
 
@@ -55,7 +56,7 @@ def test_every_step_of_the_plan_part_misses_as_stated(experts: int, top_k: int) 
             assert cases[-1] == (1 if slots == experts - 1 else distinct), "all can miss where slots are few"
             for misses in cases:
                 follow(known_steps(experts, slots, distinct, misses, 2), experts, slots, tokens, top_k)
-        follow(known_steps(experts, slots, experts, experts - slots, 2), experts, slots, 512, top_k)
+        follow(known_steps(experts, slots, experts, experts - slots, 2, True), experts, slots, 512, top_k)
 
 
 @given(st.data())
@@ -64,25 +65,27 @@ def test_whatever_is_promised_holds(data: st.DataObject) -> None:
     experts = data.draw(st.integers(2, 40))
     slots = data.draw(st.integers(1, experts - 1))
     distinct = data.draw(st.integers(1, experts))
-    misses = data.draw(st.sampled_from(miss_counts(experts, slots, distinct) or [None]))
+    top_k = data.draw(st.integers(1, distinct))
+    tokens = -(-distinct // top_k) + data.draw(st.sampled_from([0, 1, 2, 4, 4 * experts]))
+    prompt = is_prompt(tokens * top_k, experts)
+    misses = data.draw(st.sampled_from(miss_counts(experts, slots, distinct, prompt) or [None]))
     if misses is None:
         return
-    top_k = data.draw(st.integers(1, distinct))
-    tokens = -(-distinct // top_k) + data.draw(st.integers(0, 4))
-    known = known_steps(experts, slots, distinct, misses, data.draw(st.integers(1, 9)))
+    known = known_steps(experts, slots, distinct, misses, data.draw(st.integers(1, 9)), prompt)
     follow(known, experts, slots, tokens, top_k)
 
 
 def test_the_numbers_of_misses_are_those_that_can_last() -> None:
     assert miss_counts(128, 128, 8) == [0]
-    assert miss_counts(128, 127, 8) == miss_counts(128, 127, 101) == [0, 1]
+    assert miss_counts(128, 127, 8) == miss_counts(128, 127, 80) == [0, 1]
     assert miss_counts(128, 64, 8) == miss_counts(128, 32, 8) == [0, 1, 2, 4, 8]
     assert miss_counts(128, 4, 8) == [4, 8]
     assert miss_counts(128, 64, 48) == [0, 1, 2, 4, 8, 16, 32]
     assert miss_counts(128, 32, 48) == [16, 32, 48]
     assert miss_counts(128, 4, 48) == [44, 48]
-    assert miss_counts(128, 64, 101) == [37, 64]
-    assert miss_counts(128, 32, 101) == [69, 96]
+    assert miss_counts(128, 64, 101) == [37]
+    assert miss_counts(128, 64, 101, prompt=True) == [37, 64]
+    assert miss_counts(128, 32, 101, prompt=True) == [69, 96]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def backend(exports: dict[str, Path]) -> MarlinBackend:
     ours = loaded.runners[0].routed_experts._backend
     moe_config = copy.copy(ours.moe_config)
     moe_config.intermediate_size_per_partition = WIDTH
-    return MarlinBackend(ours.weight_quant, moe_config)
+    return MarlinBackend(ours.expert_format, moe_config)
 
 
 def raw_store(experts: int) -> HostStore:

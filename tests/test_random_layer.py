@@ -17,9 +17,9 @@ from make_checkpoint import SHAPES as REAL_SHAPES
 from make_checkpoint import make_checkpoint, plan_checkpoint
 from vllm.model_executor.layers.fused_moe.utils import _resize_cache
 
-from vllm_hlwq import marlin_moe
+from vllm_hlwq import device_backend, expert_formats, marlin_moe
 from vllm_hlwq.bench.moe_shapes import SHAPES, MoeShape
-from vllm_hlwq.bench.random_layer import SMALLEST_SCALE, marlin_backend, moe_config, random_experts
+from vllm_hlwq.bench.random_layer import ACTIVATION_SETTINGS, SMALLEST_SCALE, marlin_backend, moe_config, random_experts
 from vllm_hlwq.checkpoint.export import export_int4
 
 SMALL = MoeShape(hidden=256, width=192, experts=16, top_k=4, group_size=64, activation="gelu_tanh")
@@ -40,11 +40,12 @@ def shape_and_layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 def read_of_the_configuration() -> set[str]:
-    """Attributes of a layer's configuration that the backend's source names."""
-    nodes = ast.walk(ast.parse(inspect.getsource(marlin_moe)))
-    return {
+    """Attributes of a layer's configuration that the backend's sources name, and vLLM for the activation."""
+    sources = (inspect.getsource(module) for module in (marlin_moe, device_backend, expert_formats))
+    return set(ACTIVATION_SETTINGS) | {
         node.attr
-        for node in nodes
+        for source in sources
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("moe_config", "self.moe_config")
     }
 
@@ -56,7 +57,7 @@ def test_the_configuration_is_that_of_a_loaded_layer(shape_and_layer: tuple[MoeS
     assert names >= {"hidden_dim", "activation", "num_experts"}
     assert {name: getattr(config, name) for name in names} == {name: getattr(layer.moe_config, name) for name in names}
     weights = ("num_bits", "type", "symmetric", "strategy", "group_size")
-    ours, loaded = marlin_backend(shape).weight_quant, layer.quant_method.weight_quant
+    ours, loaded = marlin_backend(shape).expert_format.weight_quant, layer.quant_method.weight_quant
     assert [getattr(ours, name) for name in weights] == [getattr(loaded, name) for name in weights]
     assert shape.top_k == layer.top_k
 

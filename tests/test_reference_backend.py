@@ -19,7 +19,7 @@ from vllm_hlwq.activations import ACTIVATIONS
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.reference_backend import ReferenceBackend
 from vllm_hlwq.weight_bank import WeightBank
-from vllm_hlwq.worker import install_layer
+from vllm_hlwq.worker import install_layers
 
 HIDDEN, WIDTH, EXPERTS = 64, 32, 8
 
@@ -92,7 +92,7 @@ class Layer:
     """One layer made by vLLM's own factory with random BF16 experts, loaded through vLLM's weight loader."""
 
     def __init__(self, model: Path, cache_size: int, top_k: int, has_bias: bool = False, **options: Any) -> None:
-        install_layer()
+        install_layers()
         self.config = engine_config(model, cache_size)
         start_worker(self.config)
         generator = torch.Generator().manual_seed(0)

@@ -57,6 +57,11 @@ def greedy(cached: Server) -> list[list[int]]:
     return greedy_tokens(cached)
 
 
+def test_the_coded_checkpoint_itself_serves_the_tokens_of_its_sibling(greedy: list[list[int]]) -> None:
+    with Server(SHIPPED, "--moe-expert-cache-size", "4", *EAGER) as server:
+        assert greedy_tokens(server) == greedy
+
+
 def greedy_tokens(server: Server) -> list[list[int]]:
     """Greedy continuation of each prompt, one request at a time."""
     tokens = []
@@ -121,6 +126,7 @@ def test_greedy_tokens_are_the_same_at_every_cache_size(
 def test_tokens_agree_with_stock_vllm_on_the_bf16_model(bf16: Path, greedy: list[list[int]]) -> None:
     with Server(bf16, *EAGER) as stock:
         assert "Expert cache" not in stock.log
+        assert not any("moe_expert" in name for name, _ in stock.metrics())
         assert_chosen_by(stock, greedy, minimum=0.99)
 
 

@@ -1,4 +1,4 @@
-"""The ``hlwq`` command: checkpoints to HLWQ, to INT4, back to 16 bit, and what is in them.
+"""The ``hlwq`` command: checkpoints to HLWQ, to INT4, back to 16 bit, and what is in them; routing traces.
 
 An error is one line on standard error and exit code 1; results go to standard output, progress to standard error.
 Commands import what they use: torch and compressed-tensors take five seconds, which ``--help`` should not.
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import CheckpointError
+from .errors import CheckpointError, TraceError
 from .marlin_shapes import SUPPORTED_GROUP_SIZES
 from .plan_cli import plan_command
 
@@ -66,7 +66,7 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except CheckpointError as error:
+        except (CheckpointError, TraceError) as error:
             typer.echo(f"hlwq: {error}", err=True)
             raise typer.Exit(1) from None
         except BrokenPipeError:
@@ -150,7 +150,8 @@ def export_command(
 ) -> None:
     """Make the INT4 sibling that vLLM serves, from an HLWQ or a 16-bit model."""
     from .checkpoint.dequantize import open_source
-    from .checkpoint.export import GroupSize, export_int4
+    from .checkpoint.export import export_int4
+    from .checkpoint.export_plan import GroupSize
 
     if group_size is not None and group_size not in SUPPORTED_GROUP_SIZES:
         sizes = ", ".join(str(size) for size in SUPPORTED_GROUP_SIZES if size)
@@ -268,6 +269,43 @@ def card_command(
 
     for file in write_card(path, original or [], force):
         typer.echo(str(file))
+
+
+@app.command("simulate")
+@_one_line_errors
+def simulate_command(
+    trace: Annotated[Path, typer.Argument(help="File that --moe-expert-trace recorded.", show_default=False)],
+    slots: Annotated[
+        str, typer.Option(help="Experts resident in each layer, as many as are to be tried, like 4,8,16.")
+    ],
+    link: Annotated[
+        str | None, typer.Option(help="Rate from host memory to the GPU, like 25GB/s, to predict tokens per second.")
+    ] = None,
+    step_ms: Annotated[
+        float, typer.Option(min=0, help="Milliseconds of a decode step with every expert resident.")
+    ] = 0.0,
+    plots: Annotated[Path | None, typer.Option(help="Folder to write charts to, as PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what caches of other sizes would have done with recorded routing: hits, bytes, tokens per second."""
+    from .simulate import parse_rate, parse_slots, replay, report
+    from .trace import Trace
+
+    rate = None if link is None else parse_rate(link)
+    recorded = Trace.load(trace)
+    replays = replay(recorded, parse_slots(slots))
+    found = report(recorded, replays, rate, step_ms / 1000)
+    if plots is not None:
+        from .simulate_charts import write_charts
+
+        for file in write_charts(found, plots):
+            typer.echo(str(file), err=as_json)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from .simulate_report import print_report
+
+    print_report(found, replays)
 
 
 app.command("plan")(_one_line_errors(plan_command))

@@ -7,14 +7,14 @@ graph. ``HostExpertCache`` is its counterpart where ids are read on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from .expert_cache import COUNTERS, is_prompt
+from .device_backend import Buffers, DeviceBackend
+from .expert_cache import COUNTERS, is_prompt, named_experts
 from .gather_kernel import Gather
 from .host_store import HostStore
-from .marlin_moe import Buffers, MarlinBackend
 from .plan_kernel import DeviceSlotTable, plan, prefetch
 from .staging import Arrival, Staging
 from .wave_blocks import Alignment, blocks_of_waves
@@ -32,14 +32,19 @@ class DeviceExpertCache:
         num_experts: experts of the layer on this rank.
         top_k: experts of a token.
         max_tokens: rows of the largest step.
+
+    Attributes:
+        record: called with a step's local ids, int32 ``[T, k]`` on the device, if they are recorded; only enqueues.
     """
+
+    record: Callable[[torch.Tensor], None] | None = None
 
     def __init__(
         self,
         store: HostStore | None,
         slot_bank: WeightBank,
         staging: Staging | None,
-        backend: MarlinBackend,
+        backend: DeviceBackend,
         num_experts: int,
         top_k: int,
         max_tokens: int,
@@ -107,10 +112,14 @@ class DeviceExpertCache:
             ids = ids.int().contiguous()
             alignment = self.backend.align(ids, self.num_experts)
             waves = iter([(self.slot_bank, alignment)])
+            if self.record is not None:
+                self.record(named_experts(ids, self.num_experts, is_padding))
         else:
             arrival = self._arrival(topk_ids.numel(), forward)
             plan(self.table, topk_ids, is_padding, expert_map, prefetched=arrival is not None)
             ids = self.table.ids[: len(topk_ids)]
+            if self.record is not None:
+                self.record(ids)
             alignment = self.backend.align(ids, self.num_experts)
             waves = self._waves(alignment, topk_ids.numel(), forward, arrival)
         for bank, blocks in waves:

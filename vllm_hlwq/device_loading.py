@@ -1,7 +1,8 @@
 """From loaded checkpoint tensors to a layer's cache on CUDA: conversion in chunks, banks, and what does not fit.
 
 Experts are repacked on the GPU a chunk at a time, so that at no time more of a layer is there than its banks and one
-chunk, and in host memory no more than the experts once and one layer.
+chunk, and in host memory no more than the experts once and one layer. Those that the kernels read as they were loaded
+stay where they are.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Iterator
 import torch
 
 from .cudart import PageLocker
+from .device_backend import DeviceBackend
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
 from .host_store import HostStore, RecordLayout
-from .marlin_moe import MarlinBackend
 from .options import flag
 from .pinned_memory import logger
 from .sizing import STAGING_BANKS, BankSizes
@@ -28,7 +29,7 @@ CONVERSION_FACTOR = 4
 
 
 def converted_chunks(
-    raw: HostStore, backend: MarlinBackend, device: torch.device
+    raw: HostStore, backend: DeviceBackend, device: torch.device
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """First expert and kernel-layout fields ``[chunk, ...]`` of each chunk of a layer, on the device."""
     step = max(1, CHUNK_BYTES // raw.layout.record_bytes)
@@ -38,8 +39,10 @@ def converted_chunks(
         yield start, backend.convert({name: field.contiguous() for name, field in chunk.items()})
 
 
-def kernel_layout(raw: HostStore, backend: MarlinBackend, device: torch.device) -> RecordLayout:
+def kernel_layout(raw: HostStore, backend: DeviceBackend, device: torch.device) -> RecordLayout:
     """Layout of a converted expert, found by converting one."""
+    if not backend.converts:
+        return raw.layout
     one = backend.convert({name: raw.field(name)[:1].to(device) for name in raw.layout})
     return RecordLayout({name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in one.items()})
 
@@ -47,7 +50,7 @@ def kernel_layout(raw: HostStore, backend: MarlinBackend, device: torch.device) 
 def convert_store(
     raw: HostStore,
     layout: RecordLayout,
-    backend: MarlinBackend,
+    backend: DeviceBackend,
     device: torch.device,
     runtime: PageLocker | None = None,
 ) -> HostStore:
@@ -63,6 +66,9 @@ def convert_store(
     Raises:
         ExpertCacheError: the memory cannot be mapped or page-locked.
     """
+    if not backend.converts:
+        raw.page_lock(runtime)
+        return raw
     in_place = layout.record_bytes == raw.layout.record_bytes
     store = raw if in_place else HostStore(raw.num_experts, layout, device)
     store.page_lock(runtime)
@@ -77,7 +83,7 @@ def convert_store(
     return store
 
 
-def resident_bank(raw: HostStore, layout: RecordLayout, backend: MarlinBackend, device: torch.device) -> WeightBank:
+def resident_bank(raw: HostStore, layout: RecordLayout, backend: DeviceBackend, device: torch.device) -> WeightBank:
     """All experts of a layer on the device, in the kernels' layout."""
     bank = WeightBank.allocate(raw.num_experts, layout, device)
     for start, fields in converted_chunks(raw, backend, device):
@@ -88,7 +94,7 @@ def resident_bank(raw: HostStore, layout: RecordLayout, backend: MarlinBackend, 
 
 def load_cache(
     raw: HostStore,
-    backend: MarlinBackend,
+    backend: DeviceBackend,
     num_slots: int,
     num_layers: int,
     top_k: int,
@@ -140,7 +146,7 @@ def load_cache(
 def _load_banks(
     raw: HostStore,
     layout: RecordLayout,
-    backend: MarlinBackend,
+    backend: DeviceBackend,
     num_slots: int,
     staging_rows: int,
     others: list[DeviceExpertCache],

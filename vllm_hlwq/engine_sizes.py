@@ -109,7 +109,6 @@ def _rank_sizes(vllm_config: Any, options: ExpertCacheOptions, device_bytes: int
         max(1, model.get_num_experts_per_tok()),
         device_bytes,
         options.staging_size,
-        reference=not shapes[0].packed,
     )
     return _RankSizes(sizes, facts, shapes, banks)
 

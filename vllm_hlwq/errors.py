@@ -7,3 +7,11 @@ class ExpertCacheError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, converted or written."""
+
+
+class KVCacheError(ValueError):
+    """A request to the KV cache that cannot be honoured."""
+
+
+class TraceError(ValueError):
+    """A routing trace that cannot be read, recorded or replayed."""

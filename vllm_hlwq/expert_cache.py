@@ -38,6 +38,20 @@ def is_prompt(mentions: int, num_experts: int) -> bool:
     return mentions >= MENTIONS_OF_A_PROMPT * num_experts
 
 
+def named_experts(expert_ids: torch.Tensor, num_experts: int, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    """The ids that a planner heeds, int32 and contiguous: ``EMPTY`` for what is no expert of this rank, and in padding.
+
+    Args:
+        expert_ids: integer ``[T, k]``, local ids.
+        num_experts: experts of the layer on this rank.
+        is_padding: bool ``[T]``; None if no row is.
+    """
+    named = (expert_ids >= 0) & (expert_ids < num_experts)
+    if is_padding is not None:
+        named = named & ~is_padding.unsqueeze(1)
+    return torch.where(named, expert_ids, EMPTY).int().contiguous()
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What one step loads and where it computes; expert ids are local to this rank.
@@ -64,7 +78,7 @@ class StepPlan:
 class SlotState:
     """Which expert sits in which of a layer's slots, when it was last needed, and what has been counted.
 
-    Tensors keep their addresses for life.
+    Tensors keep their addresses for life; only the counters can move, once and before anything is captured.
 
     Attributes:
         slot_of_expert: int32 [E], slot or ``EMPTY``.
@@ -107,6 +121,10 @@ class SlotState:
         self.stamp_of_slot.fill_(-1)
         self.clock.zero_()
         self.counters.zero_()
+
+    def count_in(self, counters: torch.Tensor) -> None:
+        """Go on counting in another int64 [len(COUNTERS)] on the same device, from what is counted so far."""
+        self.counters = counters.copy_(self.counters)
 
     def counts(self) -> dict[str, int]:
         """The counters by name; waits for the device."""

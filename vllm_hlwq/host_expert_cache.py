@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from .expert_cache import SlotTable
+from .expert_cache import SlotTable, named_experts
 from .host_store import HostStore
 from .reference_backend import ReferenceBackend
 from .weight_bank import WeightBank
@@ -27,7 +27,13 @@ class Wave:
 
 
 class HostExpertCache:
-    """One layer's experts at run time: host store, slots, staging bank and backend."""
+    """One layer's experts at run time: host store, slots, staging bank and backend.
+
+    Attributes:
+        record: called with a step's local ids, int32 ``[T, k]``, if they are recorded.
+    """
+
+    record: Callable[[torch.Tensor], None] | None = None
 
     def __init__(
         self,
@@ -76,6 +82,8 @@ class HostExpertCache:
             expert_ids: [T, k] integer, local ids; those outside 0..E-1 belong to no expert of this rank.
             output: [T, hidden], overwritten.
         """
+        if self.record is not None:
+            self.record(named_experts(expert_ids, self.num_experts))
         ids = expert_ids.cpu()
         out_rows = torch.zeros(ids.numel(), output.shape[1], dtype=torch.float32, device=output.device)
         for wave in self._waves(ids):

@@ -1,43 +1,36 @@
-"""vLLM's Marlin INT4 kernels as the backend on CUDA: their weight layout, and one wave of experts.
+"""vLLM's Marlin kernels as a backend on CUDA: 4- and 8-bit weights, 16-bit activations.
 
-The kernels are vLLM's own and so is the conversion into their layout. What differs from vLLM's ``MarlinExperts`` is
-who says where an expert's weights are: blocks of rows are formed over the layer's expert ids, as for a resident model,
-and only then is each block given a row of a bank (``wave_blocks.py``). So block order, and with it every bit of the
-answer in one wave, is the resident model's.
+Marlin splits sums by the position of a block among all blocks. In one wave the blocks and their order are a resident
+model's, and with them every bit of the answer; over waves it may round as it does between batch shapes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .marlin_shapes import marlin_obstacle
+from .device_backend import Buffers, DeviceBackend, common_obstacle
+from .expert_formats import ExpertFormat
+from .marlin_shapes import int4_layout_obstacle, marlin_obstacle
 from .vllm_compat import borrow
 from .wave_blocks import Alignment
 from .weight_bank import WeightBank
 
 OLDEST_CAPABILITY = (7, 5)
-MAX_EXPERTS = 1023
-"""vLLM's alignment kernel scans ``num_experts + 1`` entries with 1,024 threads."""
-
 BLOCK_SIZES = (8, 16, 32, 48, 64)
-FIELDS = (
-    "w13_weight", "w2_weight", "w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point",
-    "w13_input_scale", "w2_input_scale", "w13_bias", "w2_bias",
-)  # fmt: skip
-"""What vLLM's conversion returns, in its order; absent ones are None. Input scales exist for INT8 activations only."""
+INT4_TYPES = ("uint4", "uint4b8")
+TILE = 64
+"""Expert widths are padded to a multiple of it; vLLM pads gate and up each, so only gated experts can be padded."""
 
 
-def device_obstacle(moe_config: Any, weight_quant: Any) -> str | None:
+def device_obstacle(expert_format: ExpertFormat, moe_config: Any) -> str | None:
     """Say why vLLM's Marlin kernels cannot compute a layer on the present CUDA device, None if they can.
 
     Args:
-        moe_config: vLLM's configuration of the layer.
-        weight_quant: compressed-tensors arguments of its weights.
+        expert_format: of the layer's experts.
+        moe_config: vLLM's configuration of the layer, with sizes as the kernels need them.
     """
     platform = borrow("current_platform")
     if not platform.has_device_capability(OLDEST_CAPABILITY):
@@ -45,9 +38,14 @@ def device_obstacle(moe_config: Any, weight_quant: Any) -> str | None:
         return f"{platform.get_device_name()} has compute capability {have}, they need 7.5 (Turing) or newer"
     if borrow("get_marlin_input_dtype")() is not None:
         return "VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations, whose scales depend on the whole layer; unset it"
-    if moe_config.num_local_experts > MAX_EXPERTS:
-        return f"{moe_config.num_local_experts} experts on a rank are more than {MAX_EXPERTS}"
-    return marlin_obstacle(moe_config.hidden_dim, moe_config.intermediate_size_per_partition, weight_quant.group_size)
+    width = moe_config.intermediate_size_per_partition
+    if not moe_config.is_act_and_mul and width % TILE:
+        return f"expert width {width} is no multiple of {TILE}, and experts without a gate are not padded"
+    sizes = moe_config.hidden_dim, width, expert_format.group_size
+    obstacle = common_obstacle(moe_config) or marlin_obstacle(*sizes)
+    if obstacle is None and expert_format.weight_type in INT4_TYPES:
+        return int4_layout_obstacle(*sizes)
+    return obstacle
 
 
 def block_size(tokens: int, top_k: int, num_experts: int) -> int:
@@ -58,93 +56,22 @@ def block_size(tokens: int, top_k: int, num_experts: int) -> int:
     return BLOCK_SIZES[-1]
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Working memory of one step.
-
-    gate_up: flat; its first ``T * k * 2 * width`` elements are written. It has ``T * k * max(2 * width, hidden)`` or
-        more, because vLLM also makes a view of that size for an output of its own, which is not used here.
-    activated: at least ``T * k * width`` elements.
-    out_rows: ``[T * k, hidden]``, weighted rows of all waves, before the sum over top-k.
-    """
-
-    gate_up: torch.Tensor
-    activated: torch.Tensor
-    out_rows: torch.Tensor
-
-
-class MarlinBackend:
-    """Computes INT4 experts of one layer with vLLM's Marlin kernels.
-
-    Args:
-        weight_quant: compressed-tensors arguments of the checkpoint's weights, 4 bits, symmetric or not.
-        moe_config: vLLM's configuration of the layer.
-    """
+class MarlinBackend(DeviceBackend):
+    """Computes quantised experts of one layer with vLLM's Marlin kernels."""
 
     name = "marlin"
 
-    def __init__(self, weight_quant: Any, moe_config: Any) -> None:
-        self.weight_quant = weight_quant
-        self.moe_config = moe_config
-        self.activation = moe_config.activation
-        self.shards = 2 if moe_config.is_act_and_mul else 1
-        types = borrow("scalar_types")
-        self.quant_type = types.uint4b8 if weight_quant.symmetric else types.uint4
-        group = -1 if weight_quant.group_size is None else weight_quant.group_size
-        self.width = borrow("marlin_moe_padded_intermediate")(moe_config.intermediate_size_per_partition, group)
-        self._run = borrow("_fused_marlin_moe")
-        self._align = borrow("moe_align_block_size")
-        self._sum = borrow("moe_sum")
-
-    def convert(self, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Experts in the checkpoint's layout to the kernels' layout.
-
-        Args:
-            raw: the fields of a chunk of experts ``[chunk, ...]`` by their compressed-tensors names, on the GPU.
-
-        Returns:
-            Fields ``[chunk, ...]`` by names of ``FIELDS``; the width is padded to Marlin's tile.
-        """
-        converted = borrow("convert_to_wna16_moe_kernel_format")(
-            backend=borrow("WNA16MoEBackend").MARLIN,
-            # All that vLLM's conversion reads of a layer.
-            layer=SimpleNamespace(intermediate_size_per_partition=self.moe_config.intermediate_size_per_partition),
-            quant_config=self.weight_quant,
-            input_dtype=None,
-            w13=raw["w13_weight_packed"],
-            w2=raw["w2_weight_packed"],
-            w13_scale=raw["w13_weight_scale"],
-            w2_scale=raw["w2_weight_scale"],
-            w13_qzeros=raw.get("w13_weight_zero_point"),
-            w2_qzeros=raw.get("w2_weight_zero_point"),
-            w13_bias=raw.get("w13_bias"),
-            w2_bias=raw.get("w2_bias"),
+    def __init__(self, expert_format: ExpertFormat, moe_config: Any) -> None:
+        group = -1 if expert_format.group_size is None else expert_format.group_size
+        width = borrow("marlin_moe_padded_intermediate")(moe_config.intermediate_size_per_partition, group)
+        super().__init__(expert_format, moe_config, width)
+        self.quant_type = getattr(borrow("scalar_types"), str(expert_format.weight_type))
+        self._activation_config = borrow("ApplyMoEActivationConfig").from_configs(
+            moe_config, borrow("FusedMoEQuantConfig").make()
         )
-        return {name: tensor for name, tensor in zip(FIELDS, converted, strict=True) if tensor is not None}
-
-    def workspace_shapes(self, tokens: int, hidden: int, top_k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the two workspaces of a step: activations, which vLLM lets overlap the output, and the rest.
-
-        vLLM's ``MarlinExperts`` asks for ``max(width, hidden) + max(2 * width, hidden)`` elements a row. Waves share
-        one output, so gate-up must not overlap it: ``3 * width + hidden`` elements, at most ``width`` more.
-        """
-        rows = tokens * top_k
-        return (rows, self.width), (rows, self.shards * self.width + hidden)
-
-    def buffers(self, workspace13: torch.Tensor, workspace2: torch.Tensor, rows: int) -> Buffers:
-        """Cut the workspaces, or larger ones, into the buffers of a step of ``rows = T * k``."""
-        hidden = self.moe_config.hidden_dim
-        gate_up = rows * self.shards * self.width
-        flat = workspace2.view(-1)[: gate_up + rows * hidden]
-        return Buffers(flat, workspace13, flat[gate_up:].view(rows, hidden))
+        self._run = borrow("_fused_marlin_moe")
 
     def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:
-        """Sort a step's rows into blocks, each computed from the row of its expert's id, as for a resident model.
-
-        Args:
-            expert_ids: int32 ``[T, k]``, contiguous; ids outside ``0..num_experts - 1`` get no place.
-            num_experts: experts of the layer on this rank.
-        """
         tokens, top_k = expert_ids.shape
         # Under expert parallelism vLLM counts on an even share of the tokens.
         share = math.ceil(tokens * num_experts / self.moe_config.num_experts)
@@ -161,16 +88,6 @@ class MarlinBackend:
         weights_on_input: bool,
         buffers: Buffers,
     ) -> None:
-        """Compute one wave.
-
-        Args:
-            bank: weights in the kernels' layout.
-            blocks: the wave's blocks and no others.
-            hidden_states: ``[T, hidden]``, BF16 or FP16, contiguous.
-            topk_weights: float32 ``[T, k]``.
-            weights_on_input: whether the weights multiply the input rather than the output.
-            buffers: working memory; of ``out_rows`` only rows of this wave's experts are written.
-        """
         fields = bank.fields
         self._run(
             hidden_states=hidden_states,
@@ -190,19 +107,10 @@ class MarlinBackend:
             expert_ids=blocks.block_rows,
             num_tokens_post_padded=blocks.padded_rows,
             activation=self.activation,
+            activation_config=self._activation_config,
             w1_zeros=fields.get("w13_zero_point"),
             w2_zeros=fields.get("w2_zero_point"),
             intermediate_cache13=buffers.gate_up,
             intermediate_cache2=buffers.activated,
             output=buffers.out_rows,
         )
-
-    def combine(self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor) -> None:
-        """Sum rows over top-k.
-
-        Args:
-            out_rows: ``[T * k, hidden]``, weighted.
-            expert_ids: int32 ``[T, k]``; rows of negative ids are left out, their memory was never written.
-            output: ``[T, hidden]``, overwritten.
-        """
-        self._sum(out_rows.view(*expert_ids.shape, -1), output, expert_ids, None)

@@ -22,6 +22,19 @@ def linear_obstacle(out_features: int, in_features: int, group_size: int | None)
     return None
 
 
+def int4_layout_obstacle(hidden_size: int, expert_width: int, group_size: int | None) -> str | None:
+    """Say why vLLM 0.32 would lay out an INT4 expert's scales wrongly, None if it does not; arguments as below.
+
+    Its conversion tells one scale per channel from several by the expert width also for gate and up, whose inputs are
+    the hidden features: with a group as wide as the expert it takes their many scales for one each.
+    """
+    if group_size == expert_width < hidden_size:
+        return (
+            f"group size {group_size} is the whole expert width, which vLLM's conversion confuses: use smaller groups"
+        )
+    return None
+
+
 def marlin_obstacle(hidden_size: int, expert_width: int, group_size: int | None) -> str | None:
     """Say why Marlin cannot take INT4 experts of a shape, None if it can.
 

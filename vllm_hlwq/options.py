@@ -47,6 +47,19 @@ class ExpertCacheOptions(BaseModel):
         f"({KV_FLOOR_SEQS} by default).",
     )
 
+    metrics_per_layer: bool = Field(
+        default=False,
+        description="Give the expert cache's metrics on /metrics a label for the layer, instead of sums over layers.",
+    )
+
+    trace: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File to record expert routing to, for `hlwq simulate`; it must not exist yet. Saved while it "
+        "grows and at shutdown.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+
     @property
     def slots(self) -> int:
         """The cache size where it is known to be a number: in a worker, before its model is built, and from then on.
@@ -61,11 +74,10 @@ class ExpertCacheOptions(BaseModel):
     @property
     def without_meaning(self) -> str | None:
         """Say which option has no effect beside the cache size, None if all have."""
-        if self.cache_size == 0 and self.staging_size is not None:
-            return (
-                f"{flag('staging_size')} {self.staging_size} has no meaning without {flag('cache_size')}; "
-                "give a cache size, or remove it"
-            )
+        for name, value in self.model_dump(exclude_defaults=True).items():
+            if self.cache_size == 0:
+                given = flag(name) if value is True else f"{flag(name)} {value}"
+                return f"{given} has no meaning without {flag('cache_size')}; give a cache size, or remove it"
         if self.cache_size != AUTO and self.kv_floor_seqs is not None:
             return (
                 f"{flag('kv_floor_seqs')} {self.kv_floor_seqs} has no meaning without {flag('cache_size')} {AUTO}; "
@@ -110,6 +122,10 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = ", ".join(config_key(option) for option in ExpertCacheOptions.model_fields)
         return f"{name} is no option of the expert cache; known options: {known}"
+    if problem["type"] == "bool_type":
+        return f"{name}={value!r}: must be true or false"
+    if field == "trace":
+        return f"{name}={value!r}: must be the path of a file"
     return f"{name}={value!r}: must be {domain(field)}"
 
 

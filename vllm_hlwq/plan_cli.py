@@ -104,7 +104,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     form = report["format"]
     if form == "HLWQ":
         form = f"HLWQ, served as its INT4 export in groups of {report['group_size']}"
-    lines = [
+    return [
         f"{report['model']}: {form}; {report['layers']} layers of {report['experts']} experts, {report['top_k']} of "
         "them a token",
         f"{report['expert_bytes']:,} bytes an expert; a slot in every layer takes {mib(report['slot_bytes'])} MiB, all "
@@ -113,12 +113,6 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"{gib(report['kv_floor_bytes'])} GiB; steps of {settings['max_num_batched_tokens']:,} tokens, "
         f"{settings['max_num_seqs']} sequences",
     ]
-    if report["backend"] == "reference" and report["format"] == "16 bit":
-        lines.append(
-            "16-bit experts run on the reference backend, with --enforce-eager, and are slow: serve an INT4 export "
-            "(hlwq export)"
-        )
-    return lines
 
 
 def details(report: dict[str, Any], target: dict[str, Any]) -> list[str]:

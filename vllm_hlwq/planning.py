@@ -1,7 +1,7 @@
 """What a model takes on a GPU that need not be there: the arithmetic of ``auto``, out of headers and assumptions.
 
-Served as by ``vllm serve`` on one GPU, without encoders of images and sound. 16-bit experts run on the reference
-backend and without CUDA graphs; HLWQ checkpoints stand for their INT4 export.
+Served as by ``vllm serve`` on one GPU, without encoders of images and sound; HLWQ checkpoints stand for their INT4
+export.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Settings:
     slots: experts per layer; None for as many as fit.
     staging_size: experts of a staging bank; None for the default.
     hits_permille: hits of 1000, for which a bound is given.
-    reference: whether INT4 experts run on the reference backend too, as on a CPU.
+    reference: whether the experts run on the reference backend, as on a CPU.
     """
 
     context: int | None = None
@@ -92,6 +92,13 @@ class Plan:
             )
 
     @property
+    def backend(self) -> str:
+        """What computes the experts."""
+        if self.settings.reference:
+            return "reference"
+        return "marlin" if self.sizes.experts[0].packed else "triton"
+
+    @property
     def context(self) -> int:
         return self.settings.context or self.model.longest
 
@@ -99,22 +106,17 @@ class Plan:
     def step(self) -> Step:
         tokens = self.settings.max_num_batched_tokens
         sequences = min(self.settings.max_num_seqs, tokens)
-        graphs = 0 if self.reference else graphs_captured(sequences, tokens)
+        graphs = 0 if self.settings.reference else graphs_captured(sequences, tokens)
         return Step(tokens, sequences, graphs)
-
-    @property
-    def reference(self) -> bool:
-        """Whether the reference backend runs the experts."""
-        return self.settings.reference or not self.sizes.experts[0].packed
 
     def banks(self, device_bytes: int) -> BankSizes:
         return BankSizes(
-            tuple(s.stored_bytes if self.reference else s.record_bytes for s in self.sizes.experts),
+            tuple(s.stored_bytes if self.settings.reference else s.record_bytes for s in self.sizes.experts),
             self.model.facts.num_experts,
             self.model.top_k,
             device_bytes,
             self.settings.staging_size,
-            reference=self.reference,
+            reference=self.settings.reference,
         )
 
     @cached_property
@@ -194,7 +196,7 @@ class Plan:
             "model": self.path.name,
             "format": self.served.format,
             "group_size": self.sizes.experts[0].group_size,
-            "backend": "reference" if banks.reference else "marlin",
+            "backend": self.backend,
             "layers": len(banks.records),
             "experts": facts.num_experts,
             "top_k": self.model.top_k,

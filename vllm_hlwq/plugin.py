@@ -12,7 +12,10 @@ import os
 from functools import partial
 from typing import Any
 
-from .errors import ExpertCacheError
+from pydantic import ValidationError
+
+from .errors import CheckpointError, ExpertCacheError
+from .hlwq_engine import choose_loader, configuring, register_quant_methods
 from .options import AUTO, ExpertCacheOptions, config_key, domain, flag
 from .vllm_compat import borrow
 
@@ -31,6 +34,7 @@ def register() -> None:
     if getattr(engine_args, "_expert_cache_flags", False):
         return
     engine_args._expert_cache_flags = True
+    register_quant_methods()
     stock_add_cli_args = engine_args.add_cli_args
     stock_from_cli_args = engine_args.from_cli_args.__func__
     stock_create_engine_config = engine_args.create_engine_config
@@ -46,18 +50,35 @@ def register() -> None:
         return made
 
     def create_engine_config(self: Any, *positional: Any, **named: Any) -> Any:
-        vllm_config = stock_create_engine_config(self, *positional, **named)
         try:
+            with configuring(self):
+                vllm_config = stock_create_engine_config(self, *positional, **named)
+            choose_loader(vllm_config)
             configure(vllm_config)
-        except ExpertCacheError as error:
+            if vllm_config.parallel_config.worker_cls == WORKER and not self.disable_log_stats:
+                from .metrics_endpoint import expose
+
+                expose(vllm_config)
+        except ValueError as error:
+            ours = _own_error(error)
+            if ours is None:
+                raise
             if getattr(self, _FROM_COMMAND_LINE, False):
-                raise SystemExit(f"vllm: error: {error}") from None
-            raise
+                raise SystemExit(f"vllm: error: {ours}") from None
+            raise ours from None
         return vllm_config
 
     engine_args.add_cli_args = staticmethod(add_cli_args)
     engine_args.from_cli_args = classmethod(from_cli_args)
     engine_args.create_engine_config = create_engine_config
+
+
+def _own_error(error: ValueError) -> ExpertCacheError | CheckpointError | None:
+    """Our error, if that is what was raised, or what made pydantic refuse vLLM's configuration."""
+    found = error
+    if isinstance(error, ValidationError):
+        found = error.errors()[0].get("ctx", {}).get("error", error)
+    return found if isinstance(found, (ExpertCacheError, CheckpointError)) else None
 
 
 def add_flags(parser: Any) -> None:
@@ -68,13 +89,12 @@ def add_flags(parser: Any) -> None:
         title="ExpertCache", description="Expert cache for mixture-of-experts models (vllm-hlwq)."
     )
     for name, field in ExpertCacheOptions.model_fields.items():
-        group.add_argument(
-            flag(name),
-            type=partial(_parse, name),
-            default=None,
-            metavar="N",
-            help=f"{field.description} (default: {field.default})",
-        )
+        kind: dict[str, Any] = {"type": partial(_parse, name), "metavar": "N"}
+        if field.annotation is bool:
+            kind = {"action": "store_true"}
+        elif isinstance(field.json_schema_extra, dict):
+            kind = {"type": str, "metavar": field.json_schema_extra["metavar"]}
+        group.add_argument(flag(name), default=None, help=f"{field.description} (default: {field.default})", **kind)
 
 
 def merge_flags(engine_args: Any, arguments: argparse.Namespace) -> None:

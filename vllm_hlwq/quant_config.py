@@ -1,102 +1,28 @@
-"""Which quantisation a layer's experts have, and the vLLM quant method that declares and loads their tensors.
-
-The methods are vLLM's own classes under their own names (its weight loader branches on the class name), changed in
-three points: weights are created in the host store, nothing is moved to the device after loading, and the step goes
-through the expert cache. vLLM's choice of a kernel is not asked for: it depends on the machine, and where no kernel
-of vLLM's fits (INT4 on a CPU without AMX) it refuses checkpoints that the reference backend computes.
-"""
+"""Which quantisation a layer's experts have, and the quant method that declares and loads their tensors."""
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
-import torch
-
 from .errors import ExpertCacheError
+from .hlwq_serving import HlwqConfig
+from .quant_methods import (
+    AutoAWQMoEMethod,
+    AutoGPTQMoEMethod,
+    CompressedTensorsW8A8Fp8MoEMethod,
+    CompressedTensorsWNA16MoEMethod,
+    Fp8MoEMethod,
+    GptOssMxfp4MoEMethod,
+    UnquantizedFusedMoEMethod,
+)
 from .vllm_compat import borrow
 
-SUPPORTED_QUANTISATIONS = "BF16, FP16 and compressed-tensors pack-quantized INT4 (group or channel scales)"
-
-StockMethod: Any = borrow("FusedMoEMethodBase")
-StockUnquantized: Any = borrow("UnquantizedFusedMoEMethod")
-StockWNA16: Any = borrow("CompressedTensorsWNA16MoEMethod")
-
-
-class HostLoadedMethod:
-    """Mixed into vLLM's quant methods: weights start and stay in host memory, the step goes to the expert cache."""
-
-    requires_device_loading = False
-    supports_pre_processed_weights = False
-    supports_eplb = False
-    is_monolithic = False
-    moe_kernel: Any
-    moe_quant_config: Any
-
-    def create_weights(self, layer: Any, num_experts: int, **arguments: Any) -> None:
-        """Declare the checkpoint tensors without memory, then let the layer give them places in its host store."""
-        with torch.device("meta"):
-            super().create_weights(layer=layer, num_experts=num_experts, **arguments)  # type: ignore[misc]
-        layer.adopt_parameters(num_experts)
-
-    def maybe_roundup_sizes(self, hidden_size: int, intermediate_size: int, *_: Any) -> tuple[int, int]:
-        """Keep the model's sizes: the rounding rules of vLLM's kernels do not concern ours."""
-        return hidden_size, intermediate_size
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Build banks and kernel; called once by vLLM's loader when all weights are in."""
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        self.moe_kernel = layer.finish_loading(self.moe_quant_config)
-
-    def get_fused_moe_quant_config(self, layer: Any) -> Any:
-        """16-bit activations and no scales: what a backend needs to know of the weights, it takes from the bank."""
-        return borrow("FusedMoEQuantConfig").make()
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run one step: hidden states ``[T, hidden]``, weights and ids ``[T, k]`` to ``[T, hidden]``."""
-        w13, w2 = layer.expert_cache.weight_views()
-        output: torch.Tensor = self.moe_kernel.apply(
-            x,
-            w1=w13,
-            w2=w2,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            activation=layer.activation,
-            global_num_experts=layer.global_num_experts,
-            expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            shared_experts=shared_experts,
-            shared_experts_input=shared_experts_input,
-        )
-        return output
-
-
-class UnquantizedFusedMoEMethod(HostLoadedMethod, StockUnquantized):  # type: ignore[misc]
-    """BF16 or FP16 experts."""
-
-
-class CompressedTensorsWNA16MoEMethod(HostLoadedMethod, StockWNA16):  # type: ignore[misc]
-    """Pack-quantized INT4 experts, symmetric or asymmetric, with group or channel scales."""
-
-    def __init__(self, weight_quant: Any, moe: Any) -> None:
-        # Not StockWNA16.__init__: it asks for a kernel of vLLM's. What create_weights reads is set here.
-        StockMethod.__init__(self, moe)
-        self.weight_quant = weight_quant
-        self.symmetric = weight_quant.symmetric
-        self.num_bits = weight_quant.num_bits
-        self.packed_factor = Fraction(32, weight_quant.num_bits)
-        self.strategy = weight_quant.strategy
-        self.group_size = -1 if weight_quant.group_size is None else weight_quant.group_size
-        types = "WNA16_SUPPORTED_TYPES_MAP" if self.symmetric else "WNA16_ZP_SUPPORTED_TYPES_MAP"
-        self.quant_type = borrow(types)[self.num_bits]
+SUPPORTED_QUANTISATIONS = (
+    "BF16, FP16, compressed-tensors pack-quantized INT4 (group or channel scales), AWQ INT4, GPTQ INT4, gpt-oss MXFP4 "
+    "or FP8 (a scale a tensor, a channel or 128 x 128 block)"
+)
+FP8_BLOCK = [128, 128]
+"""The only blocks that vLLM's Marlin kernels are compiled for."""
 
 
 def make_quant_method(layer: Any, quant_config: Any, prefix: str) -> Any:
@@ -112,12 +38,23 @@ def make_quant_method(layer: Any, quant_config: Any, prefix: str) -> Any:
     """
     if quant_config is None:
         return UnquantizedFusedMoEMethod(layer.moe_config)
-    if not isinstance(quant_config, borrow("CompressedTensorsConfig")):
-        raise _unsupported(prefix, quant_config.get_name())
+    if getattr(quant_config, "online_quantization_config", None) is not None:
+        raise _unsupported(prefix, f"{quant_config.get_name()} while they are loaded (--quantization)")
+    for config_class, make in MAKERS.items():
+        if type(quant_config) is config_class:
+            return make(layer, quant_config, prefix)
+    raise _unsupported(prefix, quant_config.get_name())
+
+
+def _compressed_tensors(layer: Any, quant_config: Any, prefix: str) -> Any:
     scheme = _compressed_tensors_scheme(layer, quant_config, prefix)
     if scheme is None:
         return UnquantizedFusedMoEMethod(layer.moe_config)
     weights, inputs = scheme["weights"], scheme.get("input_activations")
+    if quant_config._is_fp8_w8a8(weights, inputs):
+        if weights.strategy == "block" and list(weights.block_structure) != FP8_BLOCK:
+            raise _unsupported(prefix, f"compressed-tensors FP8 in blocks of {weights.block_structure}")
+        return CompressedTensorsW8A8Fp8MoEMethod(weights, inputs, layer.moe_config)
     if not quant_config._is_wNa16_group_channel(weights, inputs) or weights.num_bits != 4 or weights.type != "int":
         activations = "16-bit" if inputs is None else f"{inputs.num_bits}-bit {inputs.type}"
         raise _unsupported(
@@ -141,7 +78,57 @@ def _compressed_tensors_scheme(layer: Any, quant_config: Any, prefix: str) -> An
     return schemes[0]
 
 
+def _awq(layer: Any, quant_config: Any, prefix: str) -> Any:
+    if borrow("is_layer_skipped")(prefix, quant_config.modules_to_not_convert, match_mode="substring"):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    if not quant_config.zero_point or quant_config.group_size <= 0:
+        raise _unsupported(
+            prefix, f"AWQ with zero_point {quant_config.zero_point} and group size {quant_config.group_size}"
+        )
+    return AutoAWQMoEMethod(quant_config, layer.moe_config)
+
+
+def _gptq(layer: Any, quant_config: Any, prefix: str) -> Any:
+    method = borrow("get_moe_quant_method")(quant_config, layer, prefix, AutoGPTQMoEMethod)
+    if not isinstance(method, AutoGPTQMoEMethod):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    if method.quant_config.weight_bits != 4:
+        raise _unsupported(prefix, f"GPTQ with {method.quant_config.weight_bits} bits")
+    return method
+
+
+def _fp8(layer: Any, quant_config: Any, prefix: str) -> Any:
+    if borrow("is_layer_skipped")(
+        prefix,
+        quant_config.ignored_layers,
+        quant_config.packed_modules_mapping,
+        match_mode=quant_config.ignored_layers_match_mode,
+    ):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    if quant_config.store_dtype is not None:
+        raise _unsupported(prefix, f"FP8 stored as {quant_config.store_dtype}")
+    block = quant_config.weight_block_size
+    if block is not None and list(block) != FP8_BLOCK:
+        raise _unsupported(prefix, f"FP8 in blocks of {block}")
+    return Fp8MoEMethod(quant_config, layer.moe_config)
+
+
+def _gpt_oss_mxfp4(layer: Any, quant_config: Any, prefix: str) -> Any:
+    return GptOssMxfp4MoEMethod(layer.moe_config)
+
+
 def _unsupported(prefix: str, what: str) -> ExpertCacheError:
     return ExpertCacheError(
         f"{prefix}: experts quantised as {what} have no expert-cache backend; use {SUPPORTED_QUANTISATIONS}"
     )
+
+
+MAKERS = {
+    borrow("CompressedTensorsConfig"): _compressed_tensors,
+    HlwqConfig: _compressed_tensors,
+    borrow("AutoAWQConfig"): _awq,
+    borrow("AutoGPTQConfig"): _gptq,
+    borrow("GptOssMxfp4Config"): _gpt_oss_mxfp4,
+    borrow("Fp8Config"): _fp8,
+}
+"""Exact classes of vLLM's configurations: a subclass may hold its experts in another way."""

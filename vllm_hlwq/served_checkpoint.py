@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 
 from .checkpoint.architecture import parameter_shapes
 from .checkpoint.conversion import listed
-from .checkpoint.export import GroupSize, int4_group, plan_export
+from .checkpoint.export_plan import GroupSize, int4_group, plan_export
 from .checkpoint.int4_source import is_int4
 from .checkpoint.layouts import expert_matrices, linear_matrix
 from .checkpoint.reader import HlwqSource, is_hlwq

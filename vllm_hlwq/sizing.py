@@ -21,8 +21,6 @@ MARLIN_TILE = 64
 CODES_PER_BYTE = 2
 SCALE_BYTES = 2
 """Scales, activations and weights that are not INT4 are 16-bit."""
-WIDE_BYTES = 4
-"""The reference backend computes in float32."""
 KV_BLOCK_TOKENS = 128
 """By which blocks may exceed a sequence: two of 64 tokens, as vLLM forms them on CUDA of layers that differ."""
 DENSE_SHARE = 50
@@ -71,7 +69,9 @@ class ExpertShape:
 
     @property
     def padded_width(self) -> int:
-        """Width in Marlin's layout; source: ``marlin_moe_padded_intermediate`` of vLLM 0.32."""
+        """Width in the kernels' layout; source: ``marlin_moe_padded_intermediate`` of vLLM 0.32 for INT4."""
+        if not self.packed:
+            return self.width
         tile = math.lcm(MARLIN_TILE, self.group_size or 1)
         return -(-self.width // tile) * tile
 
@@ -106,19 +106,10 @@ class ExpertShape:
     def workspace_bytes(self, tokens: int, top_k: int) -> int:
         """Working memory of a step of ``tokens``, which vLLM's profiling run takes and keeps for all layers together.
 
-        A row of (token, k) needs gate, up, their product and the output: ``MarlinBackend.workspace_shapes``. Of the
-        reference backend, which 16-bit experts run on: all outputs and their sum.
+        A row of (token, k) needs gate, up, their product and the output: ``DeviceBackend.workspace_shapes``.
         """
-        if not self.packed:
-            return tokens * (top_k + 1) * self.hidden * WIDE_BYTES
         columns = (3 if self.gated else 2) * self.padded_width + self.hidden
         return tokens * top_k * columns * SCALE_BYTES
-
-    def scratch_bytes(self, tokens: int) -> int:
-        """What the reference backend needs for the one expert that it computes, if it has all ``tokens``, at most."""
-        if self.packed:
-            return 0
-        return tokens * (2 * self.hidden + 3 * self.width) * WIDE_BYTES + 2 * self.stored_bytes
 
 
 @dataclass(frozen=True)
@@ -333,7 +324,7 @@ class DeviceEstimate:
         return cls(
             dense=dense.bytes_at_most,
             workspace=max(shape.workspace_bytes(step.tokens, banks.top_k) for shape in experts),
-            activations=dense.transient_bytes(step) + max(shape.scratch_bytes(step.tokens) for shape in experts),
+            activations=dense.transient_bytes(step),
             sampler=dense.sampler_bytes(step),
             graphs=GRAPHS_BYTES + step.graphs * layers * GRAPH_LAYER_BYTES if step.graphs else 0,
             kv_cache=kv_cache,

@@ -32,16 +32,27 @@ class Borrowed:
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
-_COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_COMPRESSED = f"{_QUANTIZATION}.compressed_tensors"
 
 BORROWED: dict[str, Borrowed] = {
     "EngineArgs": Borrowed(
         "vllm.engine.arg_utils",
         "EngineArgs",
         "extended with our flags and with the check of the finished configuration; vLLM has no hook for either",
-        ("add_cli_args", "from_cli_args", "create_engine_config", "additional_config"),
+        ("add_cli_args", "from_cli_args", "create_engine_config", "additional_config", "disable_log_stats"),
     ),
     "init_logger": Borrowed("vllm.logger", "init_logger", "log lines in vLLM's format and at its level"),
+    "LoggingStatLogger": Borrowed(
+        "vllm.v1.metrics.loggers",
+        "LoggingStatLogger",
+        "writes the periodic log line that the hit rate is appended to",
+    ),
+    "get_world_group": Borrowed(
+        "vllm.distributed.parallel_state",
+        "get_world_group",
+        "at start-up, adds up the slots of an engine's ranks, and finds a cache size that all of their GPUs hold",
+    ),
     "current_platform": Borrowed("vllm.platforms", "current_platform", "tells a CPU runtime from a CUDA one"),
     "VLLM_MOE_SKIP_PADDING": Borrowed(
         "vllm.envs", "VLLM_MOE_SKIP_PADDING", "tells whether vLLM keeps its mask of padding rows up to date"
@@ -61,6 +72,7 @@ BORROWED: dict[str, Borrowed] = {
         (
             "load_model",
             "compile_or_warm_up_model",
+            "execute_model",
             "shutdown",
             "reload_weights",
             "update_weights",
@@ -73,11 +85,6 @@ BORROWED: dict[str, Borrowed] = {
         "CPUWorker",
         "base of our worker on a CPU, chosen through the public worker_cls setting",
         ("compile_or_warm_up_model",),
-    ),
-    "get_world_group": Borrowed(
-        "vllm.distributed.parallel_state",
-        "get_world_group",
-        "lets the workers of an engine agree on a cache size, each of whose GPUs may have other memory",
     ),
     "PluggableLayer": Borrowed(
         "vllm.model_executor.custom_op",
@@ -95,6 +102,12 @@ BORROWED: dict[str, Borrowed] = {
         "RoutedExperts",
         "base of our layer: it owns the expert weights and their loading",
         ("_get_quant_method", "weight_loader", "load_weights", "expert_map"),
+    ),
+    "GptOssRoutedExperts": Borrowed(
+        "vllm.model_executor.models.gpt_oss",
+        "GptOssRoutedExperts",
+        "base of our layer for gpt-oss, which loads its experts in a way of its own",
+        ("weight_loader",),
     ),
     "MoERunnerInterface": Borrowed(
         f"{_FUSED_MOE}.runner.moe_runner_interface",
@@ -123,7 +136,96 @@ BORROWED: dict[str, Borrowed] = {
         f"{_COMPRESSED}.compressed_tensors",
         "CompressedTensorsConfig",
         "says which scheme the checkpoint gives a layer's experts",
-        ("_add_fused_moe_to_target_scheme_map", "get_scheme_dict", "_is_wNa16_group_channel"),
+        (
+            "_add_fused_moe_to_target_scheme_map",
+            "get_scheme_dict",
+            "_is_wNa16_group_channel",
+            "_is_fp8_w8a8",
+            "from_config",
+            "get_name",
+        ),
+    ),
+    "QuantizationConfig": Borrowed(
+        f"{_QUANTIZATION}.base_config",
+        "QuantizationConfig",
+        "the kind of class that vLLM registers for a quantisation's name",
+        ("from_config", "get_config_filenames", "maybe_update_config"),
+    ),
+    "register_quantization_config": Borrowed(
+        _QUANTIZATION, "register_quantization_config", "vLLM's registry of quantisations from outside"
+    ),
+    "register_model_loader": Borrowed(
+        "vllm.model_executor.model_loader", "register_model_loader", "vLLM's registry of loaders from outside"
+    ),
+    "DefaultModelLoader": Borrowed(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader",
+        "loads what its iterator of tensors gives, from files or as they are made",
+        ("get_all_weights", "download_model"),
+    ),
+    "AutoAWQConfig": Borrowed(f"{_QUANTIZATION}.auto_awq", "AutoAWQConfig", "recognises AWQ checkpoints"),
+    "AutoAWQMoEMethod": Borrowed(
+        f"{_QUANTIZATION}.auto_awq",
+        "AutoAWQMoEMethod",
+        "declares the checkpoint tensors of AWQ experts",
+        ("create_weights",),
+    ),
+    "AutoGPTQConfig": Borrowed(f"{_QUANTIZATION}.auto_gptq", "AutoGPTQConfig", "recognises GPTQ checkpoints"),
+    "AutoGPTQMoEMethod": Borrowed(
+        f"{_QUANTIZATION}.auto_gptq",
+        "AutoGPTQMoEMethod",
+        "declares the checkpoint tensors of GPTQ experts",
+        ("create_weights",),
+    ),
+    "get_moe_quant_method": Borrowed(
+        f"{_QUANTIZATION}.auto_gptq",
+        "get_moe_quant_method",
+        "applies a GPTQ checkpoint's exceptions for single layers",
+    ),
+    "GptOssMxfp4Config": Borrowed(
+        f"{_QUANTIZATION}.mxfp4", "GptOssMxfp4Config", "recognises gpt-oss checkpoints in MXFP4"
+    ),
+    "GptOssMxfp4MoEMethod": Borrowed(
+        f"{_QUANTIZATION}.mxfp4",
+        "GptOssMxfp4MoEMethod",
+        "declares the checkpoint tensors of gpt-oss's MXFP4 experts, and rounds their sizes up for Marlin",
+        ("create_weights", "maybe_roundup_sizes"),
+    ),
+    "Mxfp4MoeBackend": Borrowed(
+        f"{_FUSED_MOE}.oracle.mxfp4", "Mxfp4MoeBackend", "vLLM's name of the Marlin backend for MXFP4", ("MARLIN",)
+    ),
+    "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format": Borrowed(
+        f"{_FUSED_MOE}.oracle.mxfp4",
+        "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format",
+        "repacks MXFP4 experts into Marlin's layout, as a function of a chunk of experts",
+    ),
+    "Fp8Config": Borrowed(f"{_QUANTIZATION}.fp8", "Fp8Config", "recognises FP8 checkpoints"),
+    "Fp8MoEMethod": Borrowed(
+        f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "declares the checkpoint tensors of FP8 experts", ("create_weights",)
+    ),
+    "CompressedTensorsW8A8Fp8MoEMethod": Borrowed(
+        f"{_COMPRESSED}.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8MoEMethod",
+        "declares the checkpoint tensors of compressed-tensors' FP8 experts",
+        ("create_weights",),
+    ),
+    "Fp8MoeBackend": Borrowed(
+        f"{_FUSED_MOE}.oracle.fp8", "Fp8MoeBackend", "vLLM's name of the Marlin backend for FP8", ("MARLIN",)
+    ),
+    "convert_to_fp8_moe_kernel_format": Borrowed(
+        f"{_FUSED_MOE}.oracle.fp8",
+        "convert_to_fp8_moe_kernel_format",
+        "repacks FP8 experts into Marlin's layout, as a function of a chunk of experts",
+    ),
+    "process_fp8_weight_tensor_strategy_moe": Borrowed(
+        f"{_QUANTIZATION}.utils.fp8_utils",
+        "process_fp8_weight_tensor_strategy_moe",
+        "gives gate and up of an expert one scale where the checkpoint has two",
+    ),
+    "is_layer_skipped": Borrowed(
+        f"{_QUANTIZATION}.utils.quant_utils",
+        "is_layer_skipped",
+        "tells whether a checkpoint leaves a layer in 16 bit",
     ),
     "WNA16_SUPPORTED_TYPES_MAP": Borrowed(
         f"{_COMPRESSED}.schemes.compressed_tensors_wNa16",
@@ -136,7 +238,10 @@ BORROWED: dict[str, Borrowed] = {
         "vLLM's name of the asymmetric packed integer type",
     ),
     "FusedMoEQuantConfig": Borrowed(
-        f"{_FUSED_MOE}.config", "FusedMoEQuantConfig", "tells the kernel frame that activations stay 16-bit", ("make",)
+        f"{_FUSED_MOE}.config",
+        "FusedMoEQuantConfig",
+        "tells the kernel frame that activations stay 16-bit, and names tuned kernel settings",
+        ("make", "config_name"),
     ),
     "FusedMoEKernel": Borrowed(
         f"{_FUSED_MOE}.modular_kernel",
@@ -168,6 +273,33 @@ BORROWED: dict[str, Borrowed] = {
         "_fused_marlin_moe",
         "the Marlin kernels and the activation between them, over blocks that are already aligned",
     ),
+    "TritonExperts": Borrowed(
+        f"{_FUSED_MOE}.experts.triton_moe",
+        "TritonExperts",
+        "the activation between the two products of 16-bit experts, with what it adds to the other backends'",
+        ("activation",),
+    ),
+    "invoke_fused_moe_triton_kernel": Borrowed(
+        f"{_FUSED_MOE}.fused_moe",
+        "invoke_fused_moe_triton_kernel",
+        "the Triton kernel of 16-bit experts, over blocks that are already aligned",
+    ),
+    "try_get_optimal_moe_config": Borrowed(
+        f"{_FUSED_MOE}.fused_moe",
+        "try_get_optimal_moe_config",
+        "tile sizes of that kernel for a resident model, which decide its bits",
+    ),
+    "apply_moe_activation_supported": Borrowed(
+        f"{_FUSED_MOE}.activation",
+        "apply_moe_activation_supported",
+        "tells whether the activation between the two products is one of vLLM's",
+    ),
+    "ApplyMoEActivationConfig": Borrowed(
+        f"{_FUSED_MOE}.activation",
+        "ApplyMoEActivationConfig",
+        "limit, alpha and beta of gated activations",
+        ("from_configs",),
+    ),
     "moe_align_block_size": Borrowed(
         f"{_FUSED_MOE}.moe_align_block_size", "moe_align_block_size", "sorts a step's rows into blocks of one expert"
     ),
@@ -183,12 +315,12 @@ BORROWED: dict[str, Borrowed] = {
         f"{_FUSED_MOE}.oracle.int_wna16", "WNA16MoEBackend", "vLLM's name of the Marlin backend", ("MARLIN",)
     ),
     "marlin_moe_padded_intermediate": Borrowed(
-        "vllm.model_executor.layers.quantization.utils.marlin_utils",
+        f"{_QUANTIZATION}.utils.marlin_utils",
         "marlin_moe_padded_intermediate",
         "expert width after padding to Marlin's tile",
     ),
     "get_marlin_input_dtype": Borrowed(
-        "vllm.model_executor.layers.quantization.utils.marlin_utils",
+        f"{_QUANTIZATION}.utils.marlin_utils",
         "get_marlin_input_dtype",
         "tells whether VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations",
     ),

@@ -1,9 +1,8 @@
 """vLLM's worker with an expert cache in its model: chosen through ``worker_cls`` when the cache is on.
 
 Before the model is built it settles a cache size of ``auto``, checks that the cache leaves room for a KV cache and puts
-our layer in place; afterwards it
-checks that every mixture-of-experts layer is ours, clears what warm-up left in the caches, and answers questions about
-counters.
+our layer in place; afterwards it checks that every mixture-of-experts layer is ours, clears what warm-up left in the
+caches, and answers questions about counters. With a trace, it drives the recording.
 """
 
 from __future__ import annotations
@@ -11,12 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from .auto_size import settle_cache_size
+from .counter_block import CounterBlock
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
+from .gpt_oss_layer import OffloadedGptOssRoutedExperts
 from .host_expert_cache import HostExpertCache
 from .memory_check import Device, check_memory
-from .moe_offload import OffloadedRoutedExperts, cached_layers
+from .metrics import Layer
+from .metrics_publisher import MetricsPublisher, start_publisher
+from .moe_offload import OffloadedLayer, OffloadedRoutedExperts, cached_layers
 from .options import AUTO, ExpertCacheOptions
+from .trace_recorder import TraceRecorder, check_trace_file, make_recorder
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -24,30 +28,41 @@ logger = borrow("init_logger")("vllm.expert_cache")
 StockWorker: Any = borrow("CPUWorker") if borrow("current_platform").is_cpu() else borrow("GPUWorker")
 
 
-def install_layer() -> None:
-    """Register our layer in the place of vLLM's ``RoutedExperts``; harmless when done before.
+LAYERS = {"RoutedExperts": OffloadedRoutedExperts, "GptOssRoutedExperts": OffloadedGptOssRoutedExperts}
+"""Our layers by the names of vLLM's classes in whose place they are put."""
+
+
+def install_layers() -> None:
+    """Register our layers in the place of vLLM's; harmless when done before.
 
     Raises:
         ExpertCacheError: another plugin has registered a layer of its own there.
     """
-    holder = borrow("op_registry_oot").get("RoutedExperts")
-    if holder is OffloadedRoutedExperts:
-        return
-    if holder is not None:
-        raise ExpertCacheError(
-            f"another plugin has replaced vLLM's RoutedExperts by {holder.__module__}.{holder.__qualname__}; "
-            "disable it (VLLM_PLUGINS) or serve without the expert cache"
-        )
-    borrow("PluggableLayer").register_oot(OffloadedRoutedExperts, name="RoutedExperts")
+    for name, layer in LAYERS.items():
+        holder = borrow("op_registry_oot").get(name)
+        if holder is layer:
+            continue
+        if holder is not None:
+            raise ExpertCacheError(
+                f"another plugin has replaced vLLM's {name} by {holder.__module__}.{holder.__qualname__}; "
+                "disable it (VLLM_PLUGINS) or serve without the expert cache"
+            )
+        borrow("PluggableLayer").register_oot(layer, name=name)
 
 
 class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     """Worker whose model keeps its experts in a cache."""
 
+    _publisher: MetricsPublisher | None = None
+    trace_recorder: TraceRecorder | None = None
+
     def load_model(self, **arguments: Any) -> None:
         self._settle_cache_size()
         self._check_memory()
-        install_layer()
+        trace = self._options().trace
+        if trace is not None:
+            check_trace_file(trace, self.rank, self.vllm_config.parallel_config)
+        install_layers()
         super().load_model(**arguments)
         caches = self._caches()
         if not caches:
@@ -56,18 +71,20 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
                 "remove --moe-expert-cache-size"
             )
         logger.info(describe(list(caches.values())))
+        self._counter_block = CounterBlock([cache.table for cache in caches.values()])
+        if trace is not None:
+            self.trace_recorder = make_recorder(self._layers(), self.vllm_config, self.rank, trace)
 
     def _settle_cache_size(self) -> None:
         """Put a number in the place of ``auto``, in this worker's configuration: what is built from now on reads it."""
-        options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
+        options = self._options()
         if options.cache_size == AUTO:
             settle_cache_size(self.vllm_config, options, self._device(), log=self.rank == 0)
 
     def _check_memory(self) -> None:
         device = self._device()
         if device is not None:
-            options = ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
-            check_memory(self.vllm_config, options, device)
+            check_memory(self.vllm_config, self._options(), device)
 
     def _device(self) -> Device | None:
         """Memory of this worker's GPU, None on a CPU."""
@@ -80,7 +97,25 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         result = super().compile_or_warm_up_model()
         for cache in self._caches().values():
             cache.reset()
+        self._publish_metrics()
+        if self.trace_recorder is not None:
+            self.trace_recorder.start()
         return result
+
+    def execute_model(self, *arguments: Any, **named: Any) -> Any:
+        result = super().execute_model(*arguments, **named)
+        if self.trace_recorder is not None:
+            self.trace_recorder.poll()
+        return result
+
+    def _publish_metrics(self) -> None:
+        layers = [
+            Layer(name, cache.num_slots, cache.record_bytes, all_resident=cache.table is None)
+            for name, cache in self._caches().items()
+        ]
+        self._publisher = start_publisher(
+            self.vllm_config, self.rank, self._counter_block, layers, self._options().metrics_per_layer
+        )
 
     def reload_weights(self, *_: Any, **__: Any) -> None:
         raise ExpertCacheError("weights cannot be reloaded into a running expert cache; restart the server")
@@ -96,8 +131,16 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         """What the caches hold, in numbers; reachable through vLLM's ``collective_rpc``."""
         return sizes(list(self._caches().values()))
 
+    def save_expert_trace(self) -> str | None:
+        """Write the trace with all steps so far and return its path; reachable through vLLM's ``collective_rpc``."""
+        return None if self.trace_recorder is None else self.trace_recorder.save()
+
     def shutdown(self) -> None:
+        if self._publisher is not None:
+            self._publisher.stop()
         try:
+            if self.trace_recorder is not None:
+                self.trace_recorder.close()
             self._log_counters()
         finally:  # also when the model was refused because a layer is not ours
             super().shutdown()
@@ -113,8 +156,13 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
             )
 
     def _caches(self) -> dict[str, HostExpertCache | DeviceExpertCache]:
-        layers = cached_layers(self.vllm_config.compilation_config.static_forward_context)
-        return {layer.layer_name: layer.expert_cache for layer in layers if layer.expert_cache is not None}
+        return {layer.layer_name: layer.expert_cache for layer in self._layers() if layer.expert_cache is not None}
+
+    def _layers(self) -> list[OffloadedLayer]:
+        return cached_layers(self.vllm_config.compilation_config.static_forward_context)
+
+    def _options(self) -> ExpertCacheOptions:
+        return ExpertCacheOptions.from_additional_config(self.vllm_config.additional_config)
 
 
 def sizes(caches: list[HostExpertCache | DeviceExpertCache]) -> dict[str, int | str]:

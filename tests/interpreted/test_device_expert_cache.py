@@ -10,10 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_hlwq.device_backend import Buffers
 from vllm_hlwq.device_expert_cache import DeviceExpertCache
 from vllm_hlwq.expert_cache import SlotTable
 from vllm_hlwq.host_store import HostStore, RecordLayout
-from vllm_hlwq.marlin_moe import Buffers
 from vllm_hlwq.staging import Staging
 from vllm_hlwq.wave_blocks import Alignment
 from vllm_hlwq.weight_bank import WeightBank

@@ -18,7 +18,7 @@ def cases(draw: st.DrawFn) -> tuple[Alignment, torch.Tensor, int]:
     """An alignment of used blocks, -1 after them and a last block cut short; bank rows by wave and expert."""
     experts = draw(st.integers(1, 40))
     waves = draw(st.integers(1, 4))
-    size = draw(st.sampled_from([8, 16, 32, 48, 64]))
+    size = draw(st.sampled_from([8, 16, 48, 64, 128, 200]))
     used = sorted(draw(st.lists(st.integers(0, experts - 1), max_size=200)))
     blocks = len(used) + draw(st.integers(1, 80))
     wave_of = [draw(st.integers(0, waves - 1)) for _ in range(experts)]
@@ -42,6 +42,7 @@ def test_each_wave_has_its_blocks_in_order(case: tuple[Alignment, torch.Tensor, 
         experts = alignment.block_rows[:used].tolist()
         mine = [block for block, expert in enumerate(experts) if rows[expert] >= 0]
         assert wave.block_size == size
+        assert all(part.data_ptr() % 16 == 0 for part in (wave.sorted_rows, wave.block_rows, wave.padded_rows))
         assert wave.padded_rows.tolist() == [len(mine) * size]
         assert wave.block_rows[: len(mine)].tolist() == [rows[experts[block]] for block in mine]
         wanted = [alignment.sorted_rows[block * size : (block + 1) * size] for block in mine]

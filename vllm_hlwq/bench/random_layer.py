@@ -10,12 +10,17 @@ from types import SimpleNamespace
 
 import torch
 
+from ..expert_formats import compressed_tensors_int4
 from ..host_store import HostStore
 from ..int4_checkpoint import int4_arguments
 from ..marlin_moe import MarlinBackend
 from ..vllm_compat import borrow
 from .moe_shapes import MoeShape
 
+ACTIVATION_SETTINGS = (
+    "swiglu_limit", "swiglu_alpha", "swiglu_beta", "activation_situ_beta", "activation_situ_linear_beta",
+)  # fmt: skip
+"""What vLLM reads for the activation between the products; none of the shapes' activations has any."""
 SMALLEST_SCALE = 2.0**-9
 """Scales are this times 1 to 2, as in ``make_checkpoint.py``: weights have a root mean square of 0.014."""
 
@@ -28,14 +33,18 @@ def moe_config(shape: MoeShape) -> SimpleNamespace:
         num_local_experts=shape.experts,
         hidden_dim=shape.hidden,
         intermediate_size_per_partition=shape.width,
+        in_dtype=torch.bfloat16,
         activation=activation,
         is_act_and_mul=activation.is_gated,
+        w13_num_shards=2 if activation.is_gated else 1,
+        **dict.fromkeys(ACTIVATION_SETTINGS),
     )
 
 
 def marlin_backend(shape: MoeShape) -> MarlinBackend:
     """The backend of a layer of this shape, with symmetric codes."""
-    return MarlinBackend(int4_arguments(shape.group_size, symmetric=True), moe_config(shape))
+    weight_quant = int4_arguments(shape.group_size, symmetric=True)
+    return MarlinBackend(compressed_tensors_int4(weight_quant), moe_config(shape))
 
 
 def random_experts(shape: MoeShape, seed: int = 0) -> HostStore:

@@ -20,6 +20,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 START_UP_SECONDS = 600
 SHUTDOWN_SECONDS = 30
 
@@ -105,6 +107,13 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.load(answer)
+
+    def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Every sample on ``/metrics`` by its name and its sorted labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            samples = [sample for family in families for sample in family.samples]
+        return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
 
     def expert_cache_counters(self) -> dict[str, int]:
         """Counters of the first worker, summed over layers."""

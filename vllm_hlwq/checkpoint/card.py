@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CheckpointError
 from . import charts
 from .card_facts import SIXTEEN_BIT, ExpertMemory, Facts, gather
+from .card_quick_start import quick_start
 from .conversion import readable
 from .writer import write_bytes, write_text
 
@@ -100,6 +101,7 @@ def render(facts: Facts, base_model: str | None = None, license: dict[str, Any] 
     sections = [
         f"# {name}",
         _introduction(facts, base_model),
+        *([quick_start(facts, name)] if hlwq else []),
         _commands(facts, name),
         "## What is coded, and how\n\n" + (_hlwq_method(facts) if hlwq else _int4_method(facts)),
         "## Error\n\n" + _error(facts),

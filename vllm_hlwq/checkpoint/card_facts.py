@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..int4_checkpoint import int4_arguments
 from .conversion import listed
-from .export import int4_group, plan_export
+from .export_plan import int4_group, plan_export
 from .inspect import inspect
 from .int4_source import CODES, SCALES, ZERO_POINTS
 from .layouts import EMBEDDING, never_int4

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ..figures import GRID, INK, PALETTE, new_figure, png
 from .card_facts import KINDS, LayerError, Part
 from .conversion import readable
 
-# Okabe and Ito's palette: told apart with any colour vision, and on a grey print.
-COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#999999"), strict=True))
+COLOURS = dict(zip(KINDS, PALETTE, strict=True))
 MARKERS = dict(zip(KINDS, "osD^v", strict=True))
-INK, GRID = "#222222", "#DDDDDD"
 HATCH = "///"
-DOTS_PER_INCH = 160
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(7.2, height), layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def compression(totals: Mapping[str, int]) -> bytes:
     """Bars of the weights' bytes by format; the first is what the others are compared with."""
-    figure = _figure(0.9 + 0.55 * len(totals))
+    figure = new_figure(0.9 + 0.55 * len(totals))
     axes = figure.subplots()
     names, sizes = list(totals), list(totals.values())
     colours = [COLOURS[KINDS[4]], COLOURS[KINDS[0]], COLOURS[KINDS[2]]]
@@ -48,12 +34,12 @@ def compression(totals: Mapping[str, int]) -> bytes:
     axes.xaxis.set_visible(False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
-    return _png(figure)
+    return png(figure)
 
 
 def layer_errors(errors: Sequence[LayerError], total: float) -> bytes:
     """Relative mean squared error by layer, a line for each kind; hollow marks at the left are in no layer."""
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     axes = figure.subplots()
     layers = sorted({error.layer for error in errors if error.layer is not None})
     first, last = (layers[0], layers[-1]) if layers else (0, 0)
@@ -86,12 +72,12 @@ def layer_errors(errors: Sequence[LayerError], total: float) -> bytes:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def breakdown(sizes: Mapping[str, Sequence[Part]]) -> bytes:
     """Stacked bars of bytes by kind, one for each format; what is stored in 16 bit is hatched."""
-    figure = _figure(1.6 + 0.6 * len(sizes))
+    figure = new_figure(1.6 + 0.6 * len(sizes))
     axes = figure.subplots()
     largest = max(sum(part.bytes for part in parts) for parts in sizes.values())
     for row, parts in enumerate(sizes.values()):
@@ -118,4 +104,4 @@ def breakdown(sizes: Mapping[str, Sequence[Part]]) -> bytes:
     handles = [Patch(facecolor=COLOURS[kind], label=kind) for kind in KINDS if kind in shown]
     handles.append(Patch(facecolor="white", edgecolor=INK, hatch=HATCH, label="stored in 16 bit"))
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)

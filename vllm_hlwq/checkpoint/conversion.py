@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,14 @@ def copy_pieces(source: WeightSource, name: str) -> Iterator[tuple[str, torch.Te
         if isinstance(source, PlainSource):  # the other sources check what they read
             check_finite(rows, source.folder, name)
         yield name, rows
+
+
+def whole_tensors(group: Group, pieces: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a group out of their rows, each in the shape that is planned for it."""
+    plans = {plan.name: plan for plan in group.tensors}
+    for name, rows in groupby(pieces, key=itemgetter(0)):
+        parts = [piece for _, piece in rows]
+        yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(plans[name].shape)
 
 
 def run_with_progress(writer: FolderWriter, source: WeightSource, produce: Produce, title: str) -> None:

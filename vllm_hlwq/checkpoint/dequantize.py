@@ -10,7 +10,7 @@ import torch
 
 from ..codec import CodebookName
 from ..errors import CheckpointError
-from .conversion import copy_pieces, plain_group, run_with_progress, side_files, task_of
+from .conversion import copy_pieces, listed, plain_group, run_with_progress, side_files, task_of, whole_tensors
 from .int4_source import Int4Source, is_int4
 from .reader import HlwqSource, is_hlwq
 from .shard import Group
@@ -51,6 +51,29 @@ def refuse_hlwq_options(path: Path, base_model: Path | None, codebook_name: Code
     for option, value in (("--base-model", base_model), ("--codebook", codebook_name)):
         if value is not None:
             raise CheckpointError(f"{path}: is not coded with HLWQ, so {option} has no meaning; leave it out")
+
+
+class SixteenBitExport:
+    """The 16-bit checkpoint that a coded one stands for, made tensor by tensor for a model that is being loaded.
+
+    Raises:
+        CheckpointError: the source is incomplete.
+    """
+
+    def __init__(self, source: HlwqSource) -> None:
+        if missing := source.missing():
+            raise CheckpointError(
+                f"{source.path}: {listed(missing)} not in it; give --base-model, which has what it lacks"
+            )
+        self.source = source
+        self.groups = [plain_group(source, name) for name in source.parameters]
+
+    def tensors(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
+        """A group's tensors, whole."""
+        return whole_tensors(group, copy_pieces(self.source, group.parameter))
+
+    def config(self) -> dict[str, Any]:
+        return self.source.config()
 
 
 def dequantize(source: WeightSource, out: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:

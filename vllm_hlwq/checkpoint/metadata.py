@@ -14,6 +14,9 @@ from .tensor_folder import TensorFolder
 HLWQ_CONFIG = "hlwq_config.json"
 LEGACY_CONFIG = "polar_config.json"
 HASHES = "hlwq_sha256.json"
+AUTO_FILE = Path(__file__).parent.parent / "hf/hlwq_auto.py"
+AUTO_MAP = {"AutoConfig": "hlwq_auto.HLWQAutoConfig"}
+"""What ``config.json`` says of that file, which goes with the weights."""
 METHOD = "Hadamard-Lloyd weight quantization"
 
 

@@ -22,7 +22,7 @@ from ..codec import (
 )
 from ..errors import CheckpointError
 from .conversion import copy_pieces, plain_group, run_with_progress, side_files, task_of
-from .metadata import HLWQ_CONFIG, HlwqConfig, ParameterStats, QuantizationConfig
+from .metadata import AUTO_FILE, AUTO_MAP, HLWQ_CONFIG, HlwqConfig, ParameterStats, QuantizationConfig
 from .names import CODEBOOK_KEY, NEVER_CODED, kept_because
 from .reader import is_hlwq
 from .shard import Group, TensorPlan
@@ -116,6 +116,9 @@ def quantize(
     run_with_progress(writer, source, produce, f"coding at {bits} bits")
     description = _describe(source, writer, groups, kept, bits, codebook_name, fit)
     config = source.config()
+    own_code = "auto_map" in config
+    if not own_code:
+        config["auto_map"] = AUTO_MAP
     config["quantization_config"] = QuantizationConfig(
         format=description.format,
         bits=bits,
@@ -123,7 +126,7 @@ def quantize(
         modules_to_not_convert=_not_converted(kept),
     ).model_dump()
     files = {"config.json": config, HLWQ_CONFIG: description.model_dump()}
-    writer.finish(files, side_files(source))
+    writer.finish(files, side_files(source) + ([] if own_code else [AUTO_FILE]))
     return description
 
 

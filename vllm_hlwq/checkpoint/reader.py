@@ -6,7 +6,7 @@ is refused by name before a weight is used, and where the file lists SHA-256 sum
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .coded_matrix import MatrixReader, StoredMatrix
 from .expected import ExpectedModel
 from .hashes import HashList
-from .metadata import read_settings
+from .metadata import AUTO_MAP, read_settings
 from .names import CODEBOOK_KEY, CodedGroup, canonical, check_slices, fold_unfused, group_keys
 from .sources import Parameter, PlainSource, check_finite, plain_rows
 from .tables import CodebookTables
@@ -59,6 +59,8 @@ class HlwqSource:
     ) -> None:
         self.path = path
         self.device = device or torch.device("cpu")
+        self.result_device = torch.device("cpu")
+        """Where decoded rows are given out."""
         self.folder = TensorFolder(path)
         self.base = PlainSource(base_model) if base_model else None
         self.hashes = HashList.read(self.folder)
@@ -92,7 +94,8 @@ class HlwqSource:
 
     def config(self) -> dict[str, Any]:
         config = self.folder.config() or (self.base.config() if self.base else {})
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+        own = {"auto_map": config.get("auto_map") == AUTO_MAP, "quantization_config": True}
+        return {key: value for key, value in config.items() if not own.get(key)}
 
     def folders(self) -> list[TensorFolder]:
         return [self.folder, *(self.base.folders() if self.base else [])]
@@ -177,16 +180,25 @@ class HlwqSource:
 
     def _decoded_rows(self, stored: list[StoredMatrix], start: int, stop: int) -> torch.Tensor:
         per_matrix = stored[0].rows
-        out = torch.empty(stop - start, stored[0].in_features, dtype=torch.bfloat16)
+        out = torch.empty(stop - start, stored[0].in_features, dtype=torch.bfloat16, device=self.result_device)
         for index in range(start // per_matrix, (stop - 1) // per_matrix + 1):
             offset = index * per_matrix
             low, high = max(start, offset), min(stop, offset + per_matrix)
-            for key in stored[index].keys:
-                self._check_hash(key)
-            self._decode(stored[index], low - offset, high - offset, out[low - start : high - start])
+            coded = self._coded_rows(stored[index], low - offset, high - offset)
+            dequantize_matrix(coded, self.coder(stored[index]), out=out[low - start : high - start])
         return out
 
-    def _decode(self, matrix: StoredMatrix, start: int, stop: int, out: torch.Tensor) -> None:
+    def coded(self, name: str) -> Iterator[CodedMatrix]:
+        """The matrices of a coded parameter, a stack's by expert and then gate before up, with codes MSB-first.
+
+        Do not write to them: they may be the files' own memory.
+        """
+        for matrix in self.matrices[name]:
+            yield self._coded_rows(matrix, 0, matrix.rows)
+
+    def _coded_rows(self, matrix: StoredMatrix, start: int, stop: int) -> CodedMatrix:
+        for key in matrix.keys:
+            self._check_hash(key)
         norms = matrix.norms(self.folder)[start:stop]
         wrong = torch.nonzero(~((norms >= 0) & norms.isfinite()))
         if len(wrong):
@@ -195,8 +207,7 @@ class HlwqSource:
             raise CheckpointError(
                 f"{file}: {matrix.norms_key} is {value} for block {block} of row {start + row}, not a norm; {REMEDY}"
             )
-        packed = matrix.packed_rows(self.folder, start, stop)
-        dequantize_matrix(CodedMatrix(packed, norms, matrix.in_features), self.coder(matrix), out=out)
+        return CodedMatrix(matrix.packed_rows(self.folder, start, stop), norms, matrix.in_features)
 
     def _check_hash(self, key: str) -> None:
         if self.hashes is not None and key in self.folder.tensors:

@@ -19,7 +19,7 @@ from .blocks import BlockCoder
 Result = TypeVar("Result")
 
 
-def _single_threaded() -> None:
+def single_threaded() -> None:
     """Hold torch to this thread. Asked first, because torch sets a new thread's number at its first use."""
     torch.get_num_threads()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def for_each_chunk(
             free.put(borrowed)
 
     try:
-        with ThreadPoolExecutor(threads, "codec", _single_threaded) as pool:
+        with ThreadPoolExecutor(threads, "codec", single_threaded) as pool:
             return list(pool.map(borrow_and_work, starts))
     finally:
         torch.set_num_threads(torch.get_num_threads())  # threads that others start later are not to inherit the one

@@ -1,0 +1,81 @@
+"""Products with coded weights on a CPU, against weights decoded by the definition."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hlwq_files import Coded, pack_msb, table
+
+from vllm_hlwq.codec import NORM, BlockCoder, codebook, dequantize_matrix, quantize_matrix
+from vllm_hlwq.hf import rotated_cpu
+from vllm_hlwq.hf.coded_weight import CodeFormat, coded_linear, decode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "block_size"), [(33, 200, 128), (5, 128, 128), (70, 96, 32), (3, 24, 8)])
+def test_the_product_is_that_of_the_decoded_weight(
+    rows: int, columns: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotated_cpu, "CHUNK_WEIGHTS", 1024)  # several chunks, the last of fewer rows
+    generator = torch.Generator().manual_seed(rows)
+    coded = Coded.of(torch.randn(rows, columns, generator=generator), table("C"), block_size)
+    packed = pack_msb(coded.codes, 5).view(rows, -1)
+    norms = torch.from_numpy(coded.norms).view(torch.int16)
+    layout = CodeFormat(torch.from_numpy(table("C")).float(), block_size, columns)
+    x = torch.randn(2, 3, columns, generator=generator).to(dtype)
+    found = coded_linear(x, packed, norms, layout)
+    wanted = x.double() @ coded.exact.T
+    assert found.dtype == dtype
+    assert found.shape == (2, 3, rows)
+    allowed = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert float((found.double() - wanted).norm() / wanted.norm()) < allowed
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_all_widths(bits: int) -> None:
+    levels = codebook("C", bits)
+    coder = BlockCoder(levels, 128, torch.device("cpu"))
+    coded = quantize_matrix(torch.randn(40, 300, generator=torch.Generator().manual_seed(bits)), coder, NORM)
+    layout = CodeFormat(levels, 128, 300)
+    packed, norms = coded.packed.view(40, -1), coded.norms.view(torch.int16)
+    x = torch.randn(7, 300)
+    wanted = x.double() @ dequantize_matrix(coded, coder, torch.float32).double().T
+    found = coded_linear(x, packed, norms, layout)
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-6
+    assert torch.equal(decode(packed, norms, layout, torch.bfloat16), dequantize_matrix(coded, coder))
+
+
+def test_rotated_weights_are_rounded_to_the_nearest_bf16() -> None:
+    """Ties to even, as torch rounds; norms of both ends of float16."""
+    norms = torch.tensor([[0.0, 6e-8, 65504.0, 1.0, 3.1415]]).half().float()
+    levels = codebook("C", 8)
+    packed = torch.arange(5 * 128).to(torch.uint8).view(1, -1)
+    out = torch.empty(1, 5 * 128, dtype=torch.bfloat16)
+    rotated_cpu.decode_rotated(packed, norms, levels, 128, out)
+    wanted = levels[packed.long()].view(5, 128) * norms.view(5, 1)
+    assert torch.equal(out.view(5, 128), wanted.bfloat16())
+
+
+def test_halfway_between_two_bf16_numbers_it_is_the_even_one() -> None:
+    levels = ((torch.arange(0x3F80, 0x3FA0, dtype=torch.int32) << 16) | 0x8000).view(torch.float32)
+    packed = pack_msb(np.arange(32, dtype=np.uint8).reshape(1, 1, 32), 5).view(1, -1)
+    out = torch.empty(1, 32, dtype=torch.bfloat16)
+    rotated_cpu.decode_rotated(packed, torch.ones(1, 1), levels, 32, out)
+    assert torch.equal(out[0], levels.bfloat16())
+    assert (out.view(torch.int16) % 2 == 0).all()
+
+
+def test_threads_do_not_disturb_one_another() -> None:
+    levels = codebook("C", 5)
+    coder = BlockCoder(levels, 128, torch.device("cpu"))
+    coded = quantize_matrix(torch.randn(2000, 512, generator=torch.Generator().manual_seed(0)), coder, NORM)
+    layout = CodeFormat(levels, 128, 512)
+    packed, norms = coded.packed.view(2000, -1), coded.norms.view(torch.int16)
+    xs = [torch.randn(3, 512) for _ in range(12)]
+    wanted = [coded_linear(x, packed, norms, layout) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: coded_linear(x, packed, norms, layout), xs))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -1,0 +1,147 @@
+"""Models whose weights stay coded, and 16-bit models that are coded while they load."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import CONFIGS, IDS, Folders, assert_same_tensors, load, logits, stored
+from transformers import AutoModelForCausalLM
+
+from vllm_hlwq import HLWQConfig
+from vllm_hlwq.checkpoint.quantize import quantize
+from vllm_hlwq.errors import CheckpointError
+from vllm_hlwq.hf import modules
+from vllm_hlwq.hf.modules import CodedExperts, CodedModule
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_near_those_of_the_dequantised_model(name: str, hf_folders: dict[str, Folders]) -> None:
+    """In float32, so that the only difference is the decoded weights' rounding to BF16."""
+    folders = hf_folders[name]
+    coded, wanted = (load(*call, dtype=torch.float32) for call in ((folders.coded, "coded"), (folders.decoded,)))
+    found = logits(coded)
+    assert found.dtype == torch.float32
+    assert float((found - logits(wanted)).norm() / logits(wanted).norm()) < 0.02
+    original = logits(load(folders.original, dtype=torch.float32))
+    assert float((original - logits(wanted)).norm() / logits(wanted).norm()) > 0.05
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_coded_tensor_of_the_file_is_in_memory_as_it_is(name: str, hf_folders: dict[str, Folders]) -> None:
+    folders = hf_folders[name]
+    model, tensors = load(folders.coded, "coded"), stored(folders.coded)
+    tied = set(model.all_tied_weights_keys)
+    held = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    for part in ("__packed", "__norms"):
+        wanted = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(part))
+        assert sum(parameter.nbytes for name, parameter in held.items() if name.endswith(part)) == wanted
+    kept = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("hlwq") and "__" not in name)
+    assert sum(parameter.nbytes for name, parameter in held.items() if "__" not in name) == pytest.approx(kept, abs=64)
+
+
+def test_a_weight_of_whole_blocks_takes_five_and_an_eighth_bits(hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["qwen3_moe"].coded, "coded")
+    experts = model.model.layers[0].mlp.experts
+    bits = 8 * sum(part.nbytes for part in experts.codes("gate_up_proj"))
+    assert bits == 5.125 * experts.gate_up_proj.numel()
+    assert isinstance(model.model.embed_tokens, CodedModule)
+
+
+def test_only_the_experts_of_the_tokens_are_decoded(
+    hf_folders: dict[str, Folders], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(hf_folders["qwen3_moe"].coded, "coded")
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, CodedExperts)
+    seen = []
+
+    def count(states: torch.Tensor, packed: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(packed.data_ptr())
+        return coded_linear(states, packed, *rest)
+
+    coded_linear = modules.coded_linear
+    monkeypatch.setattr(modules, "coded_linear", count)
+    ids = torch.tensor([[3, 9], [9, 5]])
+    experts(torch.randn(2, 128, dtype=torch.bfloat16), ids, torch.full((2, 2), 0.5, dtype=torch.bfloat16))
+    wanted = {
+        experts.codes(name)[0][expert].data_ptr()
+        for name in modules.STACKS
+        if name != "up_proj"
+        for expert in (3, 5, 9)
+    }
+    assert sorted(seen) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_codes_are_the_files_own(name: str, hf_folders: dict[str, Folders], tmp_path: Path) -> None:
+    folders = hf_folders[name]
+    model = load(folders.coded, "coded")
+    model.save_pretrained(tmp_path / "once")
+    assert_same_tensors(stored(tmp_path / "once"), stored(folders.coded))
+    again = load(tmp_path / "once")
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "twice", max_shard_size="200kB")
+    assert len(list((tmp_path / "twice").glob("*.safetensors"))) > 1
+    assert_same_tensors(stored(tmp_path / "twice"), stored(folders.coded))
+    assert torch.equal(logits(load(tmp_path / "twice", "decode")), logits(load(folders.decoded)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_16_bit_model_is_coded_while_it_loads(name: str, hf_folders: dict[str, Folders], tmp_path: Path) -> None:
+    """As ``hlwq quantize`` codes it, to the last bit."""
+    folders = hf_folders[name]
+    model = AutoModelForCausalLM.from_pretrained(folders.original, quantization_config=HLWQConfig(bits=5, fit="gain"))
+    assert torch.equal(logits(model), logits(load(folders.coded, "coded")))
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(stored(tmp_path), stored(folders.coded))
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["mode"]) == ("polarengine", 5, "coded")
+
+
+def test_other_bits_and_exceptions(hf_folders: dict[str, Folders], tmp_path: Path) -> None:
+    source = hf_folders["llama"].original
+    options = HLWQConfig(bits=3, codebook="A", fit="norm", modules_to_not_convert=["lm_head", "self_attn"])
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=options)
+    model.save_pretrained(tmp_path / "saved")
+    quantize(source, tmp_path / "wanted", bits=3, codebook_name="A", fit="norm", keep=["lm_head*", "*self_attn*"])
+    assert_same_tensors(stored(tmp_path / "saved"), stored(tmp_path / "wanted"))
+
+
+def test_there_is_nothing_to_decode_in_a_16_bit_model(hf_folders: dict[str, Folders]) -> None:
+    with pytest.raises(CheckpointError, match="is not coded"):
+        load(hf_folders["llama"].original, "decode")
+
+
+def test_weights_that_cannot_be_coded_are_named(hf_folders: dict[str, Folders], tmp_path: Path) -> None:
+    model = load(hf_folders["llama"].original)
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"mlp\.up_proj\.weight cannot be made .*NaN"):
+        load(tmp_path, "coded")
+
+
+def test_gradients_reach_activations(hf_folders: dict[str, Folders]) -> None:
+    folders = hf_folders["llama"]
+    grads = []
+    for model in (load(folders.coded, "coded", dtype=torch.float32), load(folders.decoded, dtype=torch.float32)):
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.square().sum().backward()
+        grads.append(embedded.grad)
+    assert float((grads[0] - grads[1]).norm() / grads[1].norm()) < 0.02
+
+
+def test_a_copy_computes_the_same(hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["gemma4"].coded, "coded")
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_weights_can_be_tied_again(hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["gemma4"].coded, "coded")
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    assert model.lm_head.weight__packed is model.get_input_embeddings().weight__packed

@@ -1,0 +1,287 @@
+"""Metrics without a server: what ranks report adds up, crosses in files, and lands on /metrics and in the log line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine_config
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.metrics.loggers import AggregatedLoggingStatLogger, LoggingStatLogger, PrometheusStatLogger
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+from vllm_hlwq import metrics_endpoint
+from vllm_hlwq.errors import ExpertCacheError
+from vllm_hlwq.expert_cache import COUNTERS
+from vllm_hlwq.metrics import (
+    EVICTIONS,
+    H2D_BYTES,
+    HITS,
+    METRICS,
+    QUERIES,
+    SLOTS,
+    STAGED,
+    USAGE,
+    WAVES,
+    Layer,
+    Metric,
+    Rank,
+    metric_values,
+)
+from vllm_hlwq.metrics_files import MetricFiles, create_folder, folder_of
+from vllm_hlwq.options import ExpertCacheOptions
+from vllm_hlwq.plugin import configure
+
+LINE = "vllm.v1.metrics.loggers"
+ONE_RANK = Rank(counts_experts=True, replicas=1, engine_slots=8)
+
+
+def counters(**values: int) -> list[int]:
+    return [values.get(name, 0) for name in COUNTERS]
+
+
+FIRST = counters(steps=9, queries=50, hits=20, admitted=25, evictions=22, staged=5, waves=11, copied=31)
+SECOND = counters(steps=9, queries=40, hits=37, admitted=3, evictions=0, staged=0, waves=9, copied=3)
+LAYERS = [Layer("a", 4, 1000, False), Layer("b", 4, 10, False)]
+
+
+def test_sums_over_layers() -> None:
+    assert metric_values(LAYERS, [FIRST, SECOND], ONE_RANK, per_layer=False) == {
+        (QUERIES, ""): 90, (HITS, ""): 57, (EVICTIONS, ""): 22, (STAGED, ""): 5, (WAVES, ""): 20,
+        (H2D_BYTES, ""): 31 * 1000 + 3 * 10, (SLOTS, ""): 8, (USAGE, ""): (3 + 3) / 8,
+    }  # fmt: skip
+
+
+def test_layers_apart() -> None:
+    values = metric_values(LAYERS, [FIRST, SECOND], ONE_RANK, per_layer=True)
+    assert len(values) == 2 * len(METRICS)
+    assert (values[QUERIES, "a"], values[QUERIES, "b"]) == (50, 40)
+    assert (values[H2D_BYTES, "a"], values[H2D_BYTES, "b"]) == (31000, 30)
+    assert (values[SLOTS, "b"], values[USAGE, "b"]) == (4, 3 / 4)
+
+
+def test_a_resident_layer_is_full_and_counts_nothing() -> None:
+    values = metric_values([Layer("a", 16, 1000, True)], [counters()], Rank(True, 1, 16), per_layer=False)
+    assert {metric.name: value for (metric, _), value in values.items() if value} == {SLOTS.name: 16, USAGE.name: 1}
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_ranks_add_up(per_layer: bool) -> None:
+    layer, label = [Layer("a", 4, 500, False)], "a" if per_layer else ""
+
+    def total(*ranks: Rank) -> dict[Metric, float]:
+        reports = [metric_values(layer, [FIRST], rank, per_layer) for rank in ranks]
+        return {metric: sum(report.get((metric, label), 0) for report in reports) for metric in METRICS}
+
+    # Two ranks with half of every expert each: experts are counted once, bytes twice.
+    halves = total(Rank(True, 1, 4), Rank(False, 1, 4))
+    assert (halves[QUERIES], halves[SLOTS], halves[USAGE], halves[H2D_BYTES]) == (50, 4, 3 / 4, 2 * 31 * 500)
+    # Two ranks with half of the experts each.
+    apart = total(Rank(True, 2, 8), Rank(True, 2, 8))
+    assert (apart[QUERIES], apart[SLOTS], apart[USAGE], apart[H2D_BYTES]) == (100, 8, 3 / 4, 2 * 31 * 500)
+
+
+def samples(folder: Path) -> dict[tuple[str, str, str], float]:
+    """Samples of a folder by name, engine and layer."""
+    found = {}
+    for family in MultiProcessCollector(None, path=str(folder)).collect():
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "m"
+            found[sample.name, labels.pop("engine"), labels.pop("layer", "")] = sample.value
+            assert not labels
+    return found
+
+
+def test_files_of_ranks_and_engines_are_added_up(tmp_path: Path) -> None:
+    for engine, hits, slots in (("0", 5, 4), ("0", 2, 3), ("1", 8, 6)):
+        report = {(HITS, ""): hits, (SLOTS, ""): slots}
+        MetricFiles(tmp_path, {"model_name": "m", "engine": engine}).write(report)
+    expected = {("hits_total", "0"): 7, ("hits_total", "1"): 8, ("slots", "0"): 7, ("slots", "1"): 6}
+    assert samples(tmp_path) == {(f"vllm:moe_expert_cache_{n}", e, ""): v for (n, e), v in expected.items()}
+
+
+def test_a_later_value_replaces_the_earlier_one_and_large_counts_are_exact(tmp_path: Path) -> None:
+    files = MetricFiles(tmp_path, {"model_name": "m", "engine": "0"})
+    files.write({(H2D_BYTES, f"layer.{index}"): 1 for index in range(300)})  # more than the first 64 KiB of a file
+    files.write({(H2D_BYTES, f"layer.{index}"): 2**52 + index for index in range(300)})
+    name = "vllm:moe_expert_cache_h2d_bytes_total"
+    assert samples(tmp_path) == {(name, "0", f"layer.{index}"): 2**52 + index for index in range(300)}
+
+
+@pytest.fixture
+def stop_exposing() -> Iterator[None]:
+    yield
+    while metrics_endpoint._registered:
+        REGISTRY.unregister(metrics_endpoint._registered.pop())
+    logging.getLogger(LINE).filters.clear()
+    unregister_vllm_metrics()
+
+
+@pytest.fixture
+def exposed(qwen3_moe_bf16: Path, stop_exposing: None) -> Any:
+    return engine_config(qwen3_moe_bf16, 4, served_model_name="m")
+
+
+def exposed_samples(registry: CollectorRegistry = REGISTRY) -> dict[str, float]:
+    families = registry.collect()
+    return {s.name: s.value for family in families for s in family.samples if "moe_expert" in s.name}
+
+
+def test_the_collector_outlives_the_start_of_vllms_own(exposed: Any) -> None:
+    PrometheusStatLogger(exposed, [0])
+    MetricFiles(folder_of(exposed.instance_id), {"model_name": "m", "engine": "0"}).write({(QUERIES, ""): 3})
+    assert exposed_samples() == {"vllm:moe_expert_cache_queries_total": 3}
+
+
+def test_the_newest_engine_of_a_process_is_exposed(exposed: Any, qwen3_moe_bf16: Path) -> None:
+    newer = engine_config(qwen3_moe_bf16, 4)
+    for config, value in ((exposed, 1), (newer, 2)):
+        MetricFiles(folder_of(config.instance_id), {"engine": "0"}).write({(QUERIES, ""): value})
+    assert exposed_samples() == {"vllm:moe_expert_cache_queries_total": 2}
+    assert len(logging.getLogger(LINE).filters) == 1
+
+
+@pytest.mark.parametrize(("cache_size", "disable_log_stats"), [(0, False), (4, True)])
+def test_nothing_is_registered_when_cache_or_statistics_are_off(
+    qwen3_moe_bf16: Path, stop_exposing: None, cache_size: int, disable_log_stats: bool
+) -> None:
+    config = engine_config(qwen3_moe_bf16, cache_size, disable_log_stats=disable_log_stats)
+    assert not metrics_endpoint._registered
+    assert not logging.getLogger(LINE).filters
+    assert not folder_of(config.instance_id).exists()
+
+
+def test_the_folder_is_private_and_another_engines_is_left_alone(exposed: Any) -> None:
+    folder = folder_of(exposed.instance_id)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    taken = exposed.instance_id
+    assert create_folder(exposed) == folder_of(exposed.instance_id) != folder
+    assert exposed.instance_id != taken
+
+
+def test_several_api_servers_read_vllms_folder_and_only_their_parent_prepares_it(
+    qwen3_moe_bf16: Path, stop_exposing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+    def config_of(rank: int) -> Any:
+        arguments = EngineArgs(
+            model=str(qwen3_moe_bf16), dtype="bfloat16", max_model_len=512, enforce_eager=True,
+            additional_config={"moe_expert_cache_size": 4},
+        )  # fmt: skip
+        arguments._api_process_count, arguments._api_process_rank = 2, rank
+        return arguments.create_engine_config()
+
+    parent, child = config_of(-1), config_of(0)
+    assert folder_of(parent.instance_id).resolve() == tmp_path.resolve()
+    assert not folder_of(child.instance_id).exists()
+    assert not metrics_endpoint._registered
+    MetricFiles(folder_of(parent.instance_id), {"engine": "0"}).write({(QUERIES, ""): 3})
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    assert exposed_samples(registry) == {"vllm:moe_expert_cache_queries_total": 3}
+
+
+@pytest.mark.parametrize("several_servers", [False, True])
+def test_the_folder_goes_with_the_process_that_made_it(tmp_path: Path, several_servers: bool) -> None:
+    (tmp_path / "vllms").mkdir()
+    code = (
+        "import os, types\n"
+        "from vllm_hlwq.metrics_files import create_folder\n"
+        "folder = create_folder(types.SimpleNamespace(instance_id='x'))\n"
+        "(folder / 'counter_a.db').write_text('')\n"
+        "if os.fork() == 0: raise SystemExit\n"
+        "os.wait(); assert folder.is_dir(); print(folder)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    if several_servers:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path / "vllms")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "vllm-hlwq-x")]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == ({"vllms", "vllms/counter_a.db"} if several_servers else {"vllms"})
+
+
+def iteration(prompt_tokens: int, cached_tokens: int, generated: int) -> IterationStats:
+    stats = IterationStats()
+    stats.prompt_token_stats.computed = prompt_tokens
+    stats.prompt_token_stats.local_cache_hit = stats.prompt_token_stats.cached_tokens = cached_tokens
+    stats.prompt_token_stats.total = prompt_tokens + cached_tokens
+    stats.num_generation_tokens = generated
+    return stats
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[Any], str]]:
+    line_logger = logging.getLogger(LINE)
+    line_logger.addHandler(caplog.handler)
+    level = line_logger.level
+    line_logger.setLevel(logging.INFO)
+
+    def log(stat_logger: Any) -> str:
+        caplog.clear()
+        stat_logger.log()
+        return "\n".join(caplog.messages)
+
+    yield log
+    line_logger.removeHandler(caplog.handler)
+    line_logger.setLevel(level)
+
+
+def test_the_log_line_has_the_hit_rate_and_bytes_a_token_since_the_last_line(
+    exposed: Any, logged: Callable[[Any], str]
+) -> None:
+    files = {
+        engine: MetricFiles(folder_of(exposed.instance_id), {"model_name": "m", "engine": engine})
+        for engine in ("0", "1")
+    }
+    prometheus = PrometheusStatLogger(exposed, [0, 1])
+    loggers = [LoggingStatLogger(exposed, engine) for engine in (0, 1)]
+    together = AggregatedLoggingStatLogger(exposed, [0, 1])
+
+    def step(engine: int, stats: IterationStats, report: dict[Metric, int]) -> None:
+        for stat_logger in (prometheus, loggers[engine], together):
+            stat_logger.record(SchedulerStats(), stats, engine_idx=engine)
+        files[str(engine)].write({(metric, ""): value for metric, value in report.items()})
+
+    step(0, iteration(100, 60, 20), {QUERIES: 1000, HITS: 250, H2D_BYTES: 600_000_000})
+    step(1, iteration(0, 0, 10), {QUERIES: 100, HITS: 90, H2D_BYTES: 10_000_000})
+    first = logged(loggers[0])
+    assert first.startswith("Engine 000: Avg prompt throughput")
+    assert first.endswith("%, Expert cache hit rate: 25.0%, 5.00 MB/token")
+    assert logged(loggers[1]).endswith("%, Expert cache hit rate: 90.0%, 1.00 MB/token")
+    assert logged(together).endswith(f"%, Expert cache hit rate: {340 / 11:.1f}%, {610 / 130:.2f} MB/token")
+
+    step(0, iteration(0, 0, 5), {QUERIES: 1100, HITS: 330, H2D_BYTES: 610_000_000})
+    assert logged(loggers[0]).endswith("%, Expert cache hit rate: 80.0%, 2.00 MB/token")
+    # A long prompt that has not given its first token.
+    step(0, IterationStats(), {QUERIES: 1200, HITS: 330, H2D_BYTES: 700_000_000})
+    assert logged(loggers[0]).endswith("%, Expert cache hit rate: 0.0%")
+    step(0, iteration(0, 0, 5), {})
+    without_steps = logged(loggers[0])
+    assert without_steps
+    assert "Expert cache" not in without_steps
+
+
+def test_the_layer_label_has_a_switch_of_its_own() -> None:
+    options = ExpertCacheOptions.from_additional_config
+    assert options({"moe_expert_cache_size": 4}).metrics_per_layer is False
+    assert options({"moe_expert_metrics_per_layer": True}).metrics_per_layer is True
+    with pytest.raises(ExpertCacheError, match=r"^moe_expert_metrics_per_layer=1: must be true or false$"):
+        options({"moe_expert_metrics_per_layer": 1})
+
+    class Config:
+        additional_config = {"moe_expert_metrics_per_layer": True}  # noqa: RUF012
+
+    with pytest.raises(ExpertCacheError, match=r"--moe-expert-metrics-per-layer has no meaning without --moe-expert-c"):
+        configure(Config())

@@ -1,0 +1,1 @@
+"""HLWQ checkpoints in Hugging Face transformers: its quantizer plug-in, and the modules that compute from codes."""

@@ -1,0 +1,149 @@
+"""Linear layers, embeddings and stacks of experts whose weights stay coded.
+
+A module keeps its class, of which it becomes an instance of a subclass: models ask their modules for much more than
+``forward``. Codes and norms are parameters of integers in place of the weight: ``weight__packed``, ``weight__norms``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .coded_weight import CodeFormat, coded_linear, decode
+
+PACKED, NORMS = "__packed", "__norms"
+
+
+class CodedModule(nn.Module):
+    """What has coded weights.
+
+    layouts: what the codes stand for, by the weight's name.
+    weight_dtype: of the weight that they replace.
+    """
+
+    layouts: dict[str, CodeFormat]
+    weight_dtype: torch.dtype
+
+    def codes(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed codes uint8 ``[..., rows, row_bytes]`` and norms int16 ``[..., rows, blocks]`` of a weight."""
+        return getattr(self, name + PACKED), getattr(self, name + NORMS)
+
+    def __getattr__(self, name: str) -> Any:
+        """The weight without data: models ask a layer's weight for its dtype or shape, and fill it at random."""
+        layout = self.__dict__.get("layouts", {}).get(name)
+        if layout is None:
+            return super().__getattr__(name)
+        shape = (*self.codes(name)[0].shape[:-1], layout.in_features)
+        return torch.empty(shape, dtype=self.weight_dtype, device="meta")
+
+
+class CodedLinear(CodedModule, nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = coded_linear(input, *self.codes("weight"), self.layouts["weight"])
+        return product if self.bias is None else product + self.bias
+
+
+class CodedEmbedding(CodedModule, nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        packed, norms = self.codes("weight")
+        ids = input.reshape(-1)
+        rows = decode(packed[ids], norms[ids], self.layouts["weight"], self.weight_dtype)
+        return rows.view(*input.shape, -1)
+
+
+class CodedExperts(CodedModule):
+    """Experts in 3-D stacks, of which a step decodes those that a token goes to."""
+
+    num_experts: int
+    has_gate: bool
+    act_fn: nn.Module
+
+    if TYPE_CHECKING:
+
+        def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor: ...
+
+    def _product(self, name: str, expert: int, states: torch.Tensor) -> torch.Tensor:
+        if name not in self.layouts:
+            return functional.linear(states, getattr(self, name)[expert])
+        packed, norms = self.codes(name)
+        return coded_linear(states, packed[expert], norms[expert], self.layouts[name])
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Shapes: ``[tokens, hidden]``, ``[tokens, k]`` twice; the result like the first."""
+        out = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.num_experts:  # stands for experts of another process
+                continue
+            tokens, places = torch.where(top_k_index == expert)
+            states = hidden_states[tokens]
+            if self.has_gate:
+                inner = self._apply_gate(self._product("gate_up_proj", expert, states))
+            else:
+                inner = self.act_fn(self._product("up_proj", expert, states))
+            weighted = self._product("down_proj", expert, inner) * top_k_weights[tokens, places, None]
+            out.index_add_(0, tokens, weighted.to(out.dtype))
+        return out
+
+
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@cache
+def _coded_class(kind: Any) -> type[nn.Module]:
+    name = f"Coded{kind.__name__}"
+    if issubclass(kind, nn.Embedding):
+        # Below the model's own class, whose forward scales what nn.Embedding's gives.
+        return CodedEmbedding if kind is nn.Embedding else type(name, (kind, CodedEmbedding), {})
+    first: type[nn.Module] = CodedLinear if issubclass(kind, nn.Linear) else CodedExperts
+    return first if kind is nn.Linear else type(name, (first, kind), {})
+
+
+def can_be_coded(module: nn.Module, name: str) -> bool:
+    """Does the module compute from codes of this weight of its own?
+
+    Args:
+        module: of the model, coded already or not.
+        name: of one of its parameters.
+    """
+    forward = type(module).forward
+    if isinstance(module, nn.Linear):
+        return name == "weight" and forward in (nn.Linear.forward, CodedLinear.forward)
+    if isinstance(module, nn.Embedding):
+        plain = forward in (nn.Embedding.forward, CodedEmbedding.forward)
+        scales_rows = {"super", "forward"} <= set(getattr(forward, "__code__", can_be_coded.__code__).co_names)
+        return name == "weight" and module.max_norm is None and (plain or scales_rows)
+    if name not in STACKS or not hasattr(type(module), "_apply_gate"):
+        return False
+    return not (getattr(module, "is_transposed", True) or getattr(module, "has_bias", True))
+
+
+def make_coded(
+    module: Any, name: str, layout: CodeFormat, packed: torch.Tensor | None = None, norms: torch.Tensor | None = None
+) -> None:
+    """Put codes in the place of one weight of a module.
+
+    Args:
+        module: one of which ``can_be_coded``.
+        name: of the weight.
+        layout: of the codes.
+        packed: uint8 ``[..., rows, row_bytes]``; without, memory-less ones, to be loaded.
+        norms: int16 ``[..., rows, blocks]``, likewise.
+    """
+    weight = module._parameters.pop(name)
+    if not isinstance(module, CodedModule):
+        module.__class__ = _coded_class(type(module))  # type: ignore[arg-type]
+        module.layouts = {}
+    module.layouts[name] = layout
+    module.weight_dtype = weight.dtype
+    if packed is None or norms is None:
+        rows = weight.shape[:-1]
+        packed = torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device="meta")
+        norms = torch.empty(*rows, layout.blocks, dtype=torch.int16, device="meta")
+    module.register_parameter(name + PACKED, nn.Parameter(packed, requires_grad=False))
+    module.register_parameter(name + NORMS, nn.Parameter(norms, requires_grad=False))

@@ -1,0 +1,90 @@
+"""The file of a trace that still grows: saved by a thread of its own, so that no step waits for the disk.
+
+vLLM gives a server's processes no time to end unless it is told to (``--shutdown-timeout``). So the file has to be good
+at any moment, and not only after a shutdown.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from .routing_log import RoutingLog
+from .trace import Header, State
+from .vllm_compat import borrow
+
+logger = borrow("init_logger")("vllm.expert_cache")
+
+SAVE_SECONDS = 5.0
+"""How often a growing trace is saved; what a crash can cost."""
+
+REST_AFTER_SAVING = 20
+"""Times the latest save's duration that the next one waits at least: a large trace takes longer to write."""
+
+Counters = dict[str, dict[str, int]]
+
+
+class TraceFile:
+    """A log of routing and its file.
+
+    Attributes:
+        log: what has been recorded; grows in the worker's thread.
+        state: what the next save says of it.
+    """
+
+    def __init__(self, path: Path, header: Header, log: RoutingLog, save_seconds: float = SAVE_SECONDS) -> None:
+        self.path, self.log = path, log
+        self.state: State = "running"
+        self._header, self._save_seconds = header, save_seconds
+        self._saved: tuple[int, State] = (0, "running")
+        self._writing = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to save from time to time."""
+        # A daemon: an engine that is never shut down must not keep its process alive.
+        self._thread = threading.Thread(target=self._save_as_it_grows, name="expert-trace", daemon=True)
+        self._thread.start()
+
+    def end(self, state: State) -> None:
+        """Let the thread save what there is with another state, and stop."""
+        self.state = state
+        self._stopped.set()
+
+    def wait(self) -> None:
+        """Stop the thread and wait until it has saved."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def save(self, counters: Counters | None = None) -> None:
+        """Save what has come since the last save; with counters of it in any case. A failure is logged."""
+        with self._writing:
+            now = (self.log.nbytes, self.state)
+            if now == self._saved and counters is None:
+                return
+            self._saved = now
+            trace = self.log.trace(self._header.model_copy(update={"state": self.state, "counters": counters}))
+            try:
+                trace.save(self.path)
+            except OSError as error:
+                logger.error(
+                    "Expert trace: %s could not be written: %s; what it held before is unchanged", self.path, error
+                )
+                return
+        if self.state != "running":
+            logger.info(
+                "Expert trace: %s: %d steps, %d bytes, state %s",
+                self.path, trace.num_steps, trace.nbytes, trace.header.state,
+            )  # fmt: skip
+
+    def _save_as_it_grows(self) -> None:
+        rest = self._save_seconds
+        while not self._stopped.wait(rest):
+            started = time.monotonic()
+            self.save()
+            rest = max(self._save_seconds, REST_AFTER_SAVING * (time.monotonic() - started))
+        if self.state != "running":
+            self.save()
