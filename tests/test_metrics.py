@@ -6,22 +6,27 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import engine_config
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
+from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import AggregatedLoggingStatLogger, LoggingStatLogger, PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from vllm_hlwq import metrics_endpoint
+from vllm_hlwq.counter_block import CounterBlock
 from vllm_hlwq.errors import ExpertCacheError
-from vllm_hlwq.expert_cache import COUNTERS
+from vllm_hlwq.expert_cache import COUNTERS, SlotTable
 from vllm_hlwq.metrics import (
     EVICTIONS,
     H2D_BYTES,
@@ -38,6 +43,7 @@ from vllm_hlwq.metrics import (
     metric_values,
 )
 from vllm_hlwq.metrics_files import MetricFiles, create_folder, folder_of
+from vllm_hlwq.metrics_publisher import MetricsPublisher
 from vllm_hlwq.options import ExpertCacheOptions
 from vllm_hlwq.plugin import configure
 
@@ -116,6 +122,23 @@ def test_a_later_value_replaces_the_earlier_one_and_large_counts_are_exact(tmp_p
     files.write({(H2D_BYTES, f"layer.{index}"): 2**52 + index for index in range(300)})
     name = "vllm:moe_expert_cache_h2d_bytes_total"
     assert samples(tmp_path) == {(name, "0", f"layer.{index}"): 2**52 + index for index in range(300)}
+
+
+def test_a_publisher_follows_the_counters_and_ends(tmp_path: Path) -> None:
+    table = SlotTable(8, 2, 2)
+    table.plan_step(torch.tensor([[0, 1]]))
+    files = MetricFiles(tmp_path, {"model_name": "m", "engine": "0"})
+    layers = [Layer("a", 2, 100, all_resident=False)]
+    publisher = MetricsPublisher(CounterBlock([table]), layers, Rank(True, 1, 2), files, per_layer=False)
+    for needed in (2, 5):
+        deadline = time.monotonic() + 10
+        key = "vllm:moe_expert_cache_queries_total", "0", ""
+        while samples(tmp_path).get(key) != needed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert samples(tmp_path)[key] == needed
+        table.plan_step(torch.tensor([[1, 2, 3]]))
+    publisher.stop()
+    assert "expert-cache-metrics" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.fixture
@@ -285,3 +308,44 @@ def test_the_layer_label_has_a_switch_of_its_own() -> None:
 
     with pytest.raises(ExpertCacheError, match=r"--moe-expert-metrics-per-layer has no meaning without --moe-expert-c"):
         configure(Config())
+
+
+GRAPHS = {
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    "attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28,
+}  # fmt: skip
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none"),
+]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param({"enforce_eager": True}, id="eager"), pytest.param(GRAPHS, id="cuda-graphs", marks=ON_A_GPU)],
+)
+def test_an_engine_from_python_has_the_counters_of_its_run(
+    tiny_int4: Path, stop_exposing: None, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    llm = LLM(
+        str(tiny_int4), additional_config={"moe_expert_cache_size": 4}, disable_log_stats=False, max_model_len=512,
+        max_num_seqs=4, **arguments,
+    )  # fmt: skip
+    llm.generate(["The import statement", "class Queue:"] * 2, SamplingParams(max_tokens=20), use_tqdm=False)
+    (layers,) = llm.collective_rpc("expert_cache_counters")
+    counted = ("queries", "hits", "evictions", "staged", "waves", "h2d_bytes")
+    expected = {f"vllm:moe_expert_cache_{name}": sum(layer[name] for layer in layers.values()) for name in counted}
+    assert all(expected.values())
+    expected |= {SLOTS.name: 4 * len(layers), USAGE.name: 1}
+
+    def exposed() -> dict[str, float]:
+        return {metric.name: metric.value for metric in llm.get_metrics() if "moe_expert" in metric.name}
+
+    deadline = time.monotonic() + 10
+    while exposed() != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert exposed() == expected
+    llm.llm_engine.engine_core.shutdown()
