@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +33,10 @@ def qwen3_moe_int4(qwen3_moe_bf16: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-@pytest.fixture
-def log(qwen3_moe_int4: Path) -> Iterator[list[str]]:
-    """Lines of the expert cache in vLLM's log, whose loggers do not reach pytest's."""
-    start_worker(engine_config(qwen3_moe_int4, "auto", **MODEST))  # the first sets up logging anew
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.expert_cache")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+@pytest.fixture(scope="module", autouse=True)
+def first_worker(qwen3_moe_int4: Path) -> None:
+    """The first worker of a process sets up logging anew, and the process groups that all of them use."""
+    start_worker(engine_config(qwen3_moe_int4, "auto", **MODEST))
 
 
 def config_of(model: Path, **engine_args: Any) -> Any:

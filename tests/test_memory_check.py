@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,18 +293,3 @@ def test_the_check_refuses_with_the_users_own_flags(small: Path, log: list[str])
     assert f"where --gpu-memory-utilization 0.75 grants {demand.bytes(12) - 1}; " in message
     assert message.endswith("the largest number that can fit is 11")
     assert log == []
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """Lines that the check writes to the log; vLLM's loggers do not reach pytest's."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.expert_cache")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
