@@ -17,6 +17,8 @@ from typing import Any
 
 from kv_cache_bars import kv_bars
 
+from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
+
 PROJECT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RESULTS = PROJECT / "benchmarks/results"
@@ -254,6 +256,29 @@ def layer_steps(result: dict[str, Any]) -> str:
     )
 
 
+def sizing(result: dict[str, Any]) -> str:
+    """The table of ``hlwq plan`` for each model, and the parts of one GPU's memory."""
+    return "".join(plan_tables(name, report) for name, report in result.items()) + f"{NOTE}\n"
+
+
+def plan_tables(name: str, report: dict[str, Any]) -> str:
+    settings, target = report["settings"], report["target"]
+    rows = "".join(f"| {' | '.join(row)} |\n" for row in gpu_rows(report))
+    parts = {name.replace("_", " "): size for name, size in target["beside_experts"].items()}
+    parts |= {f"{target['slots']} slots a layer": target["slot_bytes"], "staging": target["staging_bytes"]}
+    cells = "".join(f"| {part} | {size / MIB:,.0f} |\n" for part, size in parts.items())
+    return (
+        f"### {name} in INT4\n\n"
+        f"`hlwq plan MODEL --context {settings['context']} --max-num-seqs {settings['max_num_seqs']}`: "
+        f"{report['layers']} layers of {report['experts']} experts, {report['top_k']} of them a token; "
+        f"{report['expert_bytes']:,} bytes an expert, {report['slot_bytes'] / MIB:,.0f} MiB for one slot in every "
+        f"layer, {report['all_experts_bytes'] / 2**30:.1f} GiB for all experts.\n\n"
+        f"| {' | '.join(GPU_COLUMNS)} |\n|{'---|' * len(GPU_COLUMNS)}\n{rows}\n"
+        f"Of {target['gpu']}, {target['granted'] / MIB:,.0f} MiB are granted:\n\n| | MiB |\n|---|---|\n{cells}"
+        f"| **together** | {target['vram_bytes'] / MIB:,.0f} |\n\n"
+    )
+
+
 def routing_traces(result: dict[str, Any]) -> str:
     live = "".join(
         f"| {row['slots']} | {row['steps']:,} | {row['queries']:,} | {row['live_hits']:,} "
@@ -288,6 +313,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "codec_ideas": codec_ideas,
     "moe_layer": moe_layer,
+    "sizing": sizing,
     "kv_cache": kv_cache,
     "routing_traces": routing_traces,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,18 @@ def varied_coded(varied_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, hf_models.Folders]:
     """Models that transformers loads coded, decoded, and as they were."""
     return {name: hf_models.make(name, tmp_path_factory.mktemp(name)) for name in hf_models.CONFIGS}
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """Lines that the expert cache writes to the log; vLLM's loggers do not reach pytest's."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.expert_cache")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

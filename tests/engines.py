@@ -22,7 +22,7 @@ def rendezvous() -> str:
 
 
 def engine_config(
-    model: Path, cache_size: int, staging_size: int | None = None, trace: Path | None = None, **engine_args: Any
+    model: Path, cache_size: int | str, staging_size: int | None = None, trace: Path | None = None, **engine_args: Any
 ) -> Any:
     """vLLM's finished configuration, as ``LLM(model, additional_config=...)`` would make it."""
     arguments = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 512, **engine_args}
@@ -36,7 +36,7 @@ def start_worker(config: Any) -> Any:
     """The configuration's worker, ours or stock, with its device and process groups ready, no model loaded."""
     from vllm_hlwq.worker import ExpertCacheWorker, StockWorker
 
-    cached = config.additional_config["moe_expert_cache_size"] > 0
+    cached = config.additional_config["moe_expert_cache_size"] != 0
     worker = (ExpertCacheWorker if cached else StockWorker)(
         vllm_config=config, local_rank=0, rank=0, distributed_init_method=rendezvous(), is_driver_worker=True
     )
@@ -48,7 +48,7 @@ def start_worker(config: Any) -> Any:
 class LoadedModel:
     """A model loaded by our worker, or by stock's for cache size 0; ``run`` calls one of its expert layers."""
 
-    def __init__(self, model: Path, cache_size: int, **engine_args: Any) -> None:
+    def __init__(self, model: Path, cache_size: int | str, **engine_args: Any) -> None:
         self.config = engine_config(model, cache_size, **engine_args)
         self.worker = start_worker(self.config)
         with set_current_vllm_config(self.config):

@@ -235,7 +235,10 @@ STEM = "model.layers.0.mlp.experts.3.down_proj.weight"
 UNKNOWN = {
     "no experts": ({}, "holds no experts"),
     "8 bit": (expert_headers("model.layers.0.mlp", ExpertShape(256, 128, 64), 4, bits=8), "INT4 matrices"),
-    "16 bit": ({"model.layers.0.mlp.experts.0.up_proj.weight": Header(torch.bfloat16, (8, 8))}, "another format"),
+    "8 bit floats": (
+        {f"model.layers.0.mlp.experts.{e}.up_proj.weight": Header(torch.float8_e4m3fn, (8, 8)) for e in range(4)},
+        "another format",
+    ),
     "a stack": ({"model.layers.0.experts.gate_up_proj": Header(torch.bfloat16, (4, 8, 8))}, "another format"),
     "a bias": ({**LAYER, "model.layers.0.mlp.experts.0.up_proj.bias": Header(torch.bfloat16, (8,))}, "another format"),
     "one too few": (without(f"{STEM}_packed"), "does not hold 4 experts"),

@@ -47,6 +47,29 @@ def test_a_staging_size_without_a_cache_is_refused() -> None:
         configure(config)
 
 
+def test_auto_is_a_size_until_a_worker_settles_it() -> None:
+    options = ExpertCacheOptions.from_additional_config({"moe_expert_cache_size": "auto"})
+    assert options.cache_size == "auto"
+    with pytest.raises(ExpertCacheError, match="has not been settled before the model was built"):
+        _ = options.slots
+    assert ExpertCacheOptions(cache_size=3).slots == 3
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
+def test_a_floor_that_is_no_count_is_refused_by_name_and_value(value: object) -> None:
+    config = {"moe_expert_cache_size": "auto", "moe_expert_kv_floor_seqs": value}
+    with pytest.raises(ExpertCacheError, match=rf"^moe_expert_kv_floor_seqs={value!r}: .* of sequences, 1 or more"):
+        ExpertCacheOptions.from_additional_config(config)
+
+
+@pytest.mark.parametrize(("size", "needed"), [(0, ""), (4, " auto")])
+def test_a_floor_without_auto_is_refused(size: int, needed: str) -> None:
+    config = Arguments({"moe_expert_cache_size": size, "moe_expert_kv_floor_seqs": 4})
+    wanted = f"--moe-expert-kv-floor-seqs 4 has no meaning without --moe-expert-cache-size{needed}; "
+    with pytest.raises(ExpertCacheError, match=wanted):
+        configure(config)
+
+
 def test_a_misspelt_option_is_refused_and_the_known_ones_are_named() -> None:
     with pytest.raises(ExpertCacheError, match=r"moe_expert_cache_sise .*known options: moe_expert_cache_size"):
         ExpertCacheOptions.from_additional_config({"moe_expert_cache_sise": 4})
@@ -70,6 +93,12 @@ def test_the_flag_reaches_additional_config() -> None:
     assert arguments.additional_config == {"other": 1, "moe_expert_cache_size": 4, "moe_expert_staging_size": 8}
 
 
+def test_auto_reaches_additional_config_as_a_word() -> None:
+    arguments = Arguments(None)
+    merge_flags(arguments, parse("--moe-expert-cache-size", "auto", "--moe-expert-kv-floor-seqs", "3"))
+    assert arguments.additional_config == {"moe_expert_cache_size": "auto", "moe_expert_kv_floor_seqs": 3}
+
+
 def test_no_flag_leaves_additional_config_alone() -> None:
     arguments = Arguments({"moe_expert_cache_size": 3})
     merge_flags(arguments, parse())
@@ -81,7 +110,12 @@ def test_flag_and_additional_config_may_not_contradict() -> None:
         merge_flags(Arguments({"moe_expert_cache_size": 3}), parse("--moe-expert-cache-size", "4"))
 
 
-@pytest.mark.parametrize("value", ["-1", "x", "1.5", ""])
+@pytest.mark.parametrize("value", ["-1", "x", "1.5", "", "AUTO"])
 def test_the_parser_refuses_what_is_no_count(value: str) -> None:
-    with pytest.raises(argparse.ArgumentError, match="whole number of experts"):
+    with pytest.raises(argparse.ArgumentError, match=r"whole number of experts, 0 \(off\) or more, or auto"):
         parse(f"--moe-expert-cache-size={value}")
+
+
+def test_no_other_option_is_automatic() -> None:
+    with pytest.raises(argparse.ArgumentError, match="'auto' is not a whole number of sequences, 1 or more"):
+        parse("--moe-expert-kv-floor-seqs=auto")

@@ -1,7 +1,7 @@
 """What a checkpoint's tensors take on a GPU, from their names, dtypes and shapes alone: no weight is read.
 
-Only INT4 experts with one matrix each are understood. Of the rest of the model only what is surely loaded counts, so
-that the sum is never more than vLLM takes.
+INT4 and 16-bit experts with one matrix each are understood (``served_checkpoint`` takes stacks apart). Of the rest of
+the model only what is surely loaded counts, so that the sum is never more than vLLM takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OF_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _EXPERT = re.compile(
     r"^(?P<layer>(?:.*\.)?experts)\.\d+\.(?P<projection>gate_proj|up_proj|down_proj|w[123])\."
-    r"(?P<part>weight_packed|weight_scale|weight_zero_point)$"
+    r"(?P<part>weight|weight_packed|weight_scale|weight_zero_point)$"
 )
 _ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _KEYS_OR_VALUES = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.self_attn\.(?P<part>[kv])_proj\.weight(?:_packed)?$")
@@ -36,7 +36,9 @@ _TOWER = re.compile(
 _NEVER_LOADED = re.compile(
     r"(?:^|\.)mtp(?:_\w+)?\.|\.inv_freq$|weight_shape$|weight_g_idx$|(?:^|\.)embed_(?:vision|audio)\.embedding\."
 )
+_SIDE_TENSOR = re.compile(r"weight_(?:scale|zero_point)$")
 _HEAD = re.compile(r"(?:^|\.)lm_head\.")
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -67,6 +69,10 @@ class ModelFacts:
         layer_types: kind of attention by layer; empty if all are alike.
         sliding_window: tokens of it, None if there is none.
         kv_shared_layers: last layers, which keep no keys and values of their own.
+        hidden: features between layers.
+        vocabulary: tokens.
+        rotary_elements: values of the tables of rotary positions, one for each kind of attention.
+        kv_heads: the least number of heads of keys and values that a layer has.
     """
 
     num_layers: int
@@ -77,6 +83,15 @@ class ModelFacts:
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
     kv_shared_layers: int = 0
+    hidden: int = 0
+    vocabulary: int = 0
+    rotary_elements: int = 0
+    kv_heads: int = 1
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that keep keys and values, if all attend."""
+        return self.num_layers - self.kv_shared_layers
 
 
 @dataclass(frozen=True)
@@ -86,11 +101,13 @@ class ModelSizes:
     experts: shape of an expert, of each mixture-of-experts layer.
     dense_bytes: of all other weights.
     kv_layers: layers whose share of the KV cache is known.
+    row_elements: outputs of all dense matrices of a layer, of the decoder layer that has most.
     """
 
     experts: tuple[ExpertShape, ...]
     dense_bytes: int
     kv_layers: tuple[KvLayer, ...]
+    row_elements: int = 0
 
 
 def model_sizes(tensors: Mapping[str, Tensor], facts: ModelFacts) -> ModelSizes:
@@ -106,7 +123,17 @@ def model_sizes(tensors: Mapping[str, Tensor], facts: ModelFacts) -> ModelSizes:
         tuple(_expert_shapes(experts, facts.num_experts)),
         sum(_loaded_bytes(tensor, facts.float_bytes) for tensor in dense.values()),
         tuple(_kv_layers(dense, facts)),
+        _row_elements(dense),
     )
+
+
+def _row_elements(dense: Mapping[str, Tensor]) -> int:
+    rows: dict[str, int] = defaultdict(int)
+    for name, tensor in dense.items():
+        layer = _LAYER.search(name)
+        if layer and len(tensor.shape) == 2 and not _SIDE_TENSOR.search(name) and not _TOWER.search(name):
+            rows[layer[1]] += tensor.shape[0]
+    return max(rows.values(), default=0)
 
 
 def _is_loaded(name: str, facts: ModelFacts) -> bool:
@@ -131,8 +158,8 @@ def _expert_shapes(experts: Mapping[str, Tensor], num_experts: int) -> Iterator[
     layers: dict[str, dict[Part, list[tuple[int, ...]]]] = defaultdict(lambda: defaultdict(list))
     for name, tensor in experts.items():
         match = _EXPERT.match(name)
-        if match is None:
-            raise UnknownSizes(f"{name} is of experts in another format than packed INT4 with one matrix each")
+        if match is None or (match["part"] == "weight" and tensor.dtype not in PLAIN_DTYPES):
+            raise UnknownSizes(f"{name} is of experts in another format than INT4 or 16 bit with one matrix each")
         projection = _ROLES.get(match["projection"], match["projection"])
         layers[match["layer"]][projection, match["part"]].append(tuple(tensor.shape))
     for layer, parts in layers.items():
@@ -143,6 +170,8 @@ def _expert_shapes(experts: Mapping[str, Tensor], num_experts: int) -> Iterator[
 
 def _expert_shape(layer: str, parts: dict[Part, tuple[int, ...]]) -> ExpertShape:
     """An expert's shape, from those of its tensors, which must be what it would be stored as."""
+    if ("up_proj", "weight") in parts:
+        return _plain_shape(layer, parts)
     try:
         hidden, down_groups = parts["down_proj", "weight_scale"]
         width, up_groups = parts["up_proj", "weight_scale"]
@@ -159,6 +188,17 @@ def _expert_shape(layer: str, parts: dict[Part, tuple[int, ...]]) -> ExpertShape
     if parts != _stored_parts(shape):
         raise UnknownSizes(f"{layer}: an expert's tensors are not of the shapes of INT4 matrices")
     return shape
+
+
+def _plain_shape(layer: str, parts: dict[Part, tuple[int, ...]]) -> ExpertShape:
+    shape = parts["up_proj", "weight"]
+    gated = ("gate_proj", "weight") in parts
+    wanted = {("up_proj", "weight"): shape, ("down_proj", "weight"): shape[::-1]}
+    if gated:
+        wanted["gate_proj", "weight"] = shape
+    if len(shape) != 2 or parts != wanted:
+        raise UnknownSizes(f"{layer}: an expert's tensors are not of the shapes of 16-bit matrices")
+    return ExpertShape(hidden=shape[1], width=shape[0], group_size=None, gated=gated, packed=False)
 
 
 def _stored_parts(shape: ExpertShape) -> dict[Part, tuple[int, ...]]:

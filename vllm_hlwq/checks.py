@@ -6,7 +6,7 @@ from typing import Any
 
 from .checkpoint_files import check_checkpoint_files
 from .errors import ExpertCacheError
-from .options import ExpertCacheOptions, flag
+from .options import AUTO, ExpertCacheOptions, flag
 from .vllm_compat import borrow
 
 STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
@@ -22,6 +22,11 @@ def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
     _check_model(vllm_config.model_config, vllm_config.parallel_config, options)
     for reason in _refusals(vllm_config):
         raise ExpertCacheError(f"{reason}, or remove {flag('cache_size')}")
+    if options.kv_floor_seqs is not None and vllm_config.cache_config.kv_cache_memory_bytes:
+        raise ExpertCacheError(
+            f"{flag('kv_floor_seqs')} {options.kv_floor_seqs} has no meaning beside --kv-cache-memory-bytes "
+            f"{vllm_config.cache_config.kv_cache_memory_bytes}, which sizes the KV cache: remove one of them"
+        )
     check_checkpoint_files(vllm_config.model_config.model)
 
 
@@ -32,7 +37,7 @@ def _check_model(model_config: Any, parallel_config: Any, options: ExpertCacheOp
             f"{model_config.model} has no mixture-of-experts layers, so there is nothing to cache; "
             f"remove {flag('cache_size')}"
         )
-    if options.cache_size > experts:
+    if options.cache_size != AUTO and options.cache_size > experts:
         raise ExpertCacheError(
             f"{flag('cache_size')} {options.cache_size} is more than the model's {experts} experts per layer; "
             f"give a number from 1 to {experts}"

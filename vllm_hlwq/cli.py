@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .errors import CheckpointError, TraceError
 from .marlin_shapes import SUPPORTED_GROUP_SIZES
+from .plan_cli import plan_command
 
 if TYPE_CHECKING:
     import torch
@@ -305,6 +306,9 @@ def simulate_command(
     from .simulate_report import print_report
 
     print_report(found, replays)
+
+
+app.command("plan")(_one_line_errors(plan_command))
 
 
 def main() -> None:

@@ -131,6 +131,8 @@ def load_cache(
         layout = kernel_layout(raw, backend, device)
         sizes = sizes_of(layout.record_bytes)
         rows = sizes.staging_rows(num_slots, layout.record_bytes)
+        # Else banks would be put into the larger blocks that the conversion has left, whose rest no one could use.
+        torch.cuda.empty_cache()
         store, bank, staging = _load_banks(raw, layout, backend, num_slots, rows, others, device)
         return DeviceExpertCache(store, bank, staging, backend, raw.num_experts, top_k, max_tokens)
     except torch.cuda.OutOfMemoryError as error:

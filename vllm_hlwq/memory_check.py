@@ -66,11 +66,11 @@ def check_memory(vllm_config: Any, options: ExpertCacheOptions, device: Device) 
         logger.info(
             "Expert cache: whether %s %d leaves room for a KV cache will show after loading only: %s",
             flag("cache_size"),
-            options.cache_size,
+            options.slots,
             reason,
         )
         return
-    problem = shortage(demand, options.cache_size, limit_of(vllm_config, device))
+    problem = shortage(demand, options.slots, limit_of(vllm_config, device))
     if problem is not None:
         raise ExpertCacheError(problem)
 

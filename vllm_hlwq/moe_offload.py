@@ -21,6 +21,7 @@ from .host_store import HostStore, RecordLayout
 from .loaded_experts import WHOLE, LoadedExperts, Shapes
 from .options import ExpertCacheOptions, config_key
 from .quant_config import make_quant_method
+from .sizing import BankSizes
 from .vllm_compat import borrow
 from .weight_bank import WeightBank
 
@@ -63,9 +64,9 @@ class OffloadedLayer:
         self._backend = choose_backend(self.layer_name, expert_format, self.moe_config)
 
     def _check_shape(self, prefix: str, moe_config: Any) -> None:
-        if self.options.cache_size > moe_config.num_local_experts:
+        if self.options.slots > moe_config.num_local_experts:
             raise ExpertCacheError(
-                f"{config_key('cache_size')}={self.options.cache_size}: {prefix} has only "
+                f"{config_key('cache_size')}={self.options.slots}: {prefix} has only "
                 f"{moe_config.num_local_experts} experts on this rank; give a number from 1 to that"
             )
 
@@ -165,40 +166,32 @@ class OffloadedLayer:
             layers = cached_layers(self._engine_layers)
             others = [layer.expert_cache for layer in layers if isinstance(layer.expert_cache, DeviceExpertCache)]
             self.expert_cache = load_cache(
-                store, self._backend, self.options.cache_size, len(layers), self.top_k, self._max_tokens,
+                store, self._backend, self.options.slots, len(layers), self.top_k, self._max_tokens,
                 self.options.staging_size, others, device,
             )  # fmt: skip
             experts = DeviceCachedExperts(self.moe_config, quant_config, self.expert_cache)
         else:
             staging = self._staging_bank(store, device)
-            self.expert_cache = HostExpertCache(store, self.options.cache_size, staging, self._backend, device)
+            self.expert_cache = HostExpertCache(store, self.options.slots, staging, self._backend, device)
             experts = HostCachedExperts(self.moe_config, quant_config, self.layer_name)
         return borrow("FusedMoEKernel")(prepare, experts)
 
     def _staging_bank(self, store: HostStore, device: torch.device) -> WeightBank | None:
         """The staging bank of this engine's layers of the same shape, made by the first of them."""
-        slots = self.options.cache_size
+        slots = self.options.slots
         if slots == store.num_experts:
             return None
         for layer in cached_layers(self._engine_layers):
             cache = layer.expert_cache
             if isinstance(cache, HostExpertCache) and cache.staging_bank and cache.layout_key == store.layout.key():
                 return cache.staging_bank
-        rows = self.options.staging_size or staging_rows(store.num_experts, slots, self.top_k)
-        return WeightBank.allocate(min(rows, store.num_experts - slots), store.layout, device)
+        record = store.layout.record_bytes
+        sizes = BankSizes((record,), store.num_experts, self.top_k, 0, self.options.staging_size, reference=True)
+        return WeightBank.allocate(sizes.staging_rows(slots, record), store.layout, device)
 
 
 class OffloadedRoutedExperts(OffloadedLayer, borrow("RoutedExperts")):  # type: ignore[misc]
     """In the place of ``RoutedExperts``, which most models use."""
-
-
-def staging_rows(num_experts: int, num_slots: int, top_k: int) -> int:
-    """Experts that the shared staging bank holds by default.
-
-    Twice a token's experts: the reference backend computes expert by expert, so that larger waves would cost memory
-    and save nothing.
-    """
-    return min(num_experts - num_slots, 2 * top_k)
 
 
 def cached_layers(engine_layers: dict[str, Any]) -> list[OffloadedLayer]:

@@ -8,13 +8,16 @@ so they are plain JSON values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ExpertCacheError
 
 CONFIG_PREFIX = "moe_expert_"
+AUTO: Literal["auto"] = "auto"
+KV_FLOOR_SEQS = 2
+"""Sequences of full length for which ``auto`` leaves room by default."""
 
 
 class ExpertCacheOptions(BaseModel):
@@ -22,11 +25,11 @@ class ExpertCacheOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    cache_size: int = Field(
+    cache_size: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default=0,
-        ge=0,
         description="Experts that each mixture-of-experts layer keeps on the device, least recently used out first; "
-        "the rest wait in host memory. 1 to the number of experts; 0 turns the expert cache off.",
+        "the rest wait in host memory. 1 to the number of experts; 0 turns the expert cache off; auto fills what "
+        "--gpu-memory-utilization grants.",
     )
 
     staging_size: int | None = Field(
@@ -35,6 +38,13 @@ class ExpertCacheOptions(BaseModel):
         description="Experts without a slot that are computed together, in a bank that all layers share. By default on "
         "CUDA all that can be without one, as far as a sixteenth of the GPU's memory goes; on the reference backend "
         "twice the experts of a token.",
+    )
+
+    kv_floor_seqs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences of --max-model-len tokens for whose KV cache a cache size of auto leaves room "
+        f"({KV_FLOOR_SEQS} by default).",
     )
 
     metrics_per_layer: bool = Field(
@@ -49,6 +59,31 @@ class ExpertCacheOptions(BaseModel):
         "grows and at shutdown.",
         json_schema_extra={"metavar": "FILE"},
     )
+
+    @property
+    def slots(self) -> int:
+        """The cache size where it is known to be a number: in a worker, before its model is built, and from then on.
+
+        Raises:
+            ExpertCacheError: it is still ``auto``.
+        """
+        if self.cache_size == AUTO:
+            raise ExpertCacheError(f"{flag('cache_size')} {AUTO} has not been settled before the model was built")
+        return self.cache_size
+
+    @property
+    def without_meaning(self) -> str | None:
+        """Say which option has no effect beside the cache size, None if all have."""
+        for name, value in self.model_dump(exclude_defaults=True).items():
+            if self.cache_size == 0:
+                given = flag(name) if value is True else f"{flag(name)} {value}"
+                return f"{given} has no meaning without {flag('cache_size')}; give a cache size, or remove it"
+        if self.cache_size != AUTO and self.kv_floor_seqs is not None:
+            return (
+                f"{flag('kv_floor_seqs')} {self.kv_floor_seqs} has no meaning without {flag('cache_size')} {AUTO}; "
+                "give that, or remove it"
+            )
+        return None
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ExpertCacheOptions:
@@ -91,5 +126,11 @@ def _first_problem(error: ValidationError) -> str:
         return f"{name}={value!r}: must be true or false"
     if field == "trace":
         return f"{name}={value!r}: must be the path of a file"
-    least = "0 (off)" if field == "cache_size" else "1"
-    return f"{name}={value!r}: must be a whole number of experts, {least} or more"
+    return f"{name}={value!r}: must be {domain(field)}"
+
+
+def domain(field: str) -> str:
+    """What values an option takes, in words."""
+    if field == "cache_size":
+        return f"a whole number of experts, 0 (off) or more, or {AUTO}"
+    return f"a whole number of {'sequences' if field == 'kv_floor_seqs' else 'experts'}, 1 or more"

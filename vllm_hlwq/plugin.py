@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from .errors import CheckpointError, ExpertCacheError
 from .hlwq_engine import choose_loader, configuring, register_quant_methods
-from .options import ExpertCacheOptions, config_key, flag
+from .options import AUTO, ExpertCacheOptions, config_key, domain, flag
 from .vllm_compat import borrow
 
 WORKER = "vllm_hlwq.worker.ExpertCacheWorker"
@@ -88,7 +89,7 @@ def add_flags(parser: Any) -> None:
         title="ExpertCache", description="Expert cache for mixture-of-experts models (vllm-hlwq)."
     )
     for name, field in ExpertCacheOptions.model_fields.items():
-        kind: dict[str, Any] = {"type": _whole_number, "metavar": "N"}
+        kind: dict[str, Any] = {"type": partial(_parse, name), "metavar": "N"}
         if field.annotation is bool:
             kind = {"action": "store_true"}
         elif isinstance(field.json_schema_extra, dict):
@@ -125,12 +126,9 @@ def configure(vllm_config: Any) -> None:
         ExpertCacheError: an option is unusable or cannot be combined with the rest.
     """
     options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
+    if options.without_meaning is not None:
+        raise ExpertCacheError(options.without_meaning)
     if options.cache_size == 0:
-        for name, value in options.model_dump(exclude_defaults=True).items():
-            given = flag(name) if value is True else f"{flag(name)} {value}"
-            raise ExpertCacheError(
-                f"{given} has no meaning without {flag('cache_size')}; give a cache size, or remove it"
-            )
         return
     from .checks import check_engine_config
 
@@ -138,11 +136,13 @@ def configure(vllm_config: Any) -> None:
     vllm_config.parallel_config.worker_cls = WORKER
 
 
-def _whole_number(text: str) -> int:
+def _parse(name: str, text: str) -> int | str:
+    if name == "cache_size" and text == AUTO:
+        return AUTO
     try:
         value = int(text)
     except ValueError:
         value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of experts, 0 (off) or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {domain(name)}")
     return value

@@ -51,7 +51,7 @@ BORROWED: dict[str, Borrowed] = {
     "get_world_group": Borrowed(
         "vllm.distributed.parallel_state",
         "get_world_group",
-        "adds up the slots of an engine's ranks, once at start-up",
+        "at start-up, adds up the slots of an engine's ranks, and finds a cache size that all of their GPUs hold",
     ),
     "current_platform": Borrowed("vllm.platforms", "current_platform", "tells a CPU runtime from a CUDA one"),
     "VLLM_MOE_SKIP_PADDING": Borrowed(

@@ -1,14 +1,15 @@
 """vLLM's worker with an expert cache in its model: chosen through ``worker_cls`` when the cache is on.
 
-Before the model is built it checks that the cache leaves room for a KV cache and puts our layer in place; afterwards it
-checks that every mixture-of-experts layer is ours, clears what warm-up left in the caches, and answers questions about
-counters. With a trace, it drives the recording.
+Before the model is built it settles a cache size of ``auto``, checks that the cache leaves room for a KV cache and puts
+our layer in place; afterwards it checks that every mixture-of-experts layer is ours, clears what warm-up left in the
+caches, and answers questions about counters. With a trace, it drives the recording.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .auto_size import settle_cache_size
 from .counter_block import CounterBlock
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
@@ -18,7 +19,7 @@ from .memory_check import Device, check_memory
 from .metrics import Layer
 from .metrics_publisher import MetricsPublisher, start_publisher
 from .moe_offload import OffloadedLayer, OffloadedRoutedExperts, cached_layers
-from .options import ExpertCacheOptions
+from .options import AUTO, ExpertCacheOptions
 from .trace_recorder import TraceRecorder, check_trace_file, make_recorder
 from .vllm_compat import borrow
 
@@ -56,6 +57,7 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     trace_recorder: TraceRecorder | None = None
 
     def load_model(self, **arguments: Any) -> None:
+        self._settle_cache_size()
         self._check_memory()
         trace = self._options().trace
         if trace is not None:
@@ -73,12 +75,23 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         if trace is not None:
             self.trace_recorder = make_recorder(self._layers(), self.vllm_config, self.rank, trace)
 
+    def _settle_cache_size(self) -> None:
+        """Put a number in the place of ``auto``, in this worker's configuration: what is built from now on reads it."""
+        options = self._options()
+        if options.cache_size == AUTO:
+            settle_cache_size(self.vllm_config, options, self._device(), log=self.rank == 0)
+
     def _check_memory(self) -> None:
+        device = self._device()
+        if device is not None:
+            check_memory(self.vllm_config, self._options(), device)
+
+    def _device(self) -> Device | None:
+        """Memory of this worker's GPU, None on a CPU."""
         if not borrow("current_platform").is_cuda():
-            return
+            return None
         snapshot = self.init_snapshot
-        device = Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
-        check_memory(self.vllm_config, self._options(), device)
+        return Device(snapshot.total_memory, snapshot.free_memory, self.requested_memory)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
