@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from traces import RECORD_BYTES, header, trace
 
 from vllm_hlwq.errors import TraceError
-from vllm_hlwq.simulate import parse_rate, parse_slots, replay, report
+from vllm_hlwq.simulate import parse_slots, replay, report
 from vllm_hlwq.trace import Trace
 
 COUNTERS = {
@@ -85,12 +85,8 @@ def test_more_slots_never_lower_the_optimum_and_it_bounds_the_planner() -> None:
         assert all(one.layers[layer].all.hits <= most for one, most in zip(replays, best, strict=True))
 
 
-def test_rates_and_slots_are_parsed() -> None:
-    assert [parse_rate(text) for text in ("25GB/s", "1.5 GiB/s", "800MB/s")] == [25e9, 1.5 * 2**30, 800e6]
+def test_slots_are_parsed() -> None:
     assert parse_slots("8, 4,4,16") == [4, 8, 16]
-    for text in ("25", "25GB", "0GB/s", "-1GB/s", "fast"):
-        with pytest.raises(TraceError, match=f"^--link {text}: not a rate"):
-            parse_rate(text)
     for text in ("", "4,", "x", "-4", "1.5"):
         with pytest.raises(TraceError, match=f"^--slots {text}: not a list"):
             parse_slots(text)

@@ -288,10 +288,11 @@ def simulate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what caches of other sizes would have done with recorded routing: hits, bytes, tokens per second."""
-    from .simulate import parse_rate, parse_slots, replay, report
+    from .quantities import parse_rate
+    from .simulate import parse_slots, replay, report
     from .trace import Trace
 
-    rate = None if link is None else parse_rate(link)
+    rate = None if link is None else parse_rate(link, "--link")
     recorded = Trace.load(trace)
     replays = replay(recorded, parse_slots(slots))
     found = report(recorded, replays, rate, step_ms / 1000)

@@ -7,7 +7,6 @@ changes no hit, but may move experts that nobody needs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,8 +21,6 @@ from .trace import Trace, TraceLayer
 
 COMPARED = ("steps", "queries", "hits", "admitted", "evictions", "staged")
 """Counters that a trace determines. ``waves`` and ``copied`` also depend on staging and prefetching."""
-
-_RATES = {"GB/s": 1e9, "MB/s": 1e6, "GiB/s": 2.0**30, "MiB/s": 2.0**20}
 
 
 @dataclass
@@ -163,18 +160,6 @@ def tokens_of(trace: Trace) -> tuple[int, int]:
         every += tokens
         decode += tokens * (not is_prompt(ids.numel(), first.experts))
     return every, decode
-
-
-def parse_rate(text: str) -> float:
-    """Bytes per second of ``25GB/s``.
-
-    Raises:
-        TraceError: the text is no rate.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM]i?B/s)", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise TraceError(f"--link {text}: not a rate; give one like 25GB/s")
-    return float(match[1]) * _RATES[match[2]]
 
 
 def parse_slots(text: str) -> list[int]:
