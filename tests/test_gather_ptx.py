@@ -12,11 +12,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_hlwq.gather_kernel import CHUNK_BYTES, WARPS, gather_chunks
+from vllm_hlwq.gather_kernel import CHUNK_BYTES, NARROW_CHUNK_BYTES, WARPS, gather_chunks
 
 SIGNATURE = {
     "store_address": "i64", "record_bytes": "i32", "chunk_table": "*i64", "chunks": "i32", "bank_rows": "i32",
-    "experts": "*i32", "rows": "*i32", "count": "*i32", "first": "i32", "CHUNK": "constexpr", "READ_CACHE": "constexpr",
+    "experts": "*i32", "rows": "*i32", "count": "*i32", "skip": "*i32", "first": "i32",
+    "CHUNK": "constexpr", "READ_CACHE": "constexpr",
 }  # fmt: skip
 
 
@@ -28,8 +29,9 @@ def test_weights_move_in_16_byte_accesses(capability: int, tmp_path: Path, monke
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
     accesses = Counter(re.findall(r"\b((?:ld|st)\.global[\w.:]*)", compiled.asm["ptx"]))
     in_flight = CHUNK_BYTES // (16 * 32 * WARPS)
-    lookups = {"ld.global.b32": 3, "ld.global.b64": 4}  # count, expert, row; the four columns of the chunk table
-    narrow_path = {"ld.global.b8": 4, "st.global.b8": 4}
+    lookups = {"ld.global.b32": 4, "ld.global.b64": 4}  # count, skip, expert, row; four columns of the chunk table
+    narrow = NARROW_CHUNK_BYTES.value // (32 * WARPS)
+    narrow_path = {"ld.global.b8": narrow, "st.global.b8": narrow}
     assert accesses == {
         "ld.global.cg.v4.b32": in_flight, "st.global.v4.b32": in_flight, **lookups, **narrow_path
     }  # fmt: skip
