@@ -127,3 +127,23 @@ def test_layers_of_a_prompt_prefetch_for_each_other(
         first_prompt_or_decoding = seed == 0 or tokens < 10
         assert prefetched == (0 if first_prompt_or_decoding else min(caches[1].staging_bank.rows, 16 - cache_size))
         assert not int(caches[0].table.staged_skip), "nothing comes before the first layer"
+
+
+def test_steps_are_captured_after_prompts_that_prefetch(checkpoint: Path, stock: LoadedModel) -> None:
+    cached = LoadedModel(checkpoint, TOP_K, **ENGINE)
+    for tokens in (NUM_EXPERTS, TOP_K, 1):
+        for _ in range(2):
+            with cached.forward_pass(400):
+                for runner in cached.runners:
+                    runner.forward(*step(400, tokens))
+        hidden, logits = step(tokens, 0)
+        cached.run(1, hidden, logits)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = cached.run(1, hidden, logits)
+        for seed in range(1, 6):
+            for static, new in zip((hidden, logits), step(tokens, seed), strict=True):
+                static.copy_(new)
+            graph.replay()
+            wanted = stock.run(1, hidden, logits).float()
+            assert (output.float() - wanted).abs().max() <= wanted.abs().max() * 2**-7

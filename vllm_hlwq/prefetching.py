@@ -7,7 +7,6 @@ told by the host what to copy, so the host reads the slot tables once in a forwa
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,28 +22,37 @@ if TYPE_CHECKING:
 
 
 class SlotSnapshot:
-    """The slot tables of layers as they were at a point of a forward pass, for the host."""
+    """The slot tables of layers as they were at a point of a forward pass, for the host.
+
+    Its memory is taken once: page-locked memory that is given back while a graph is captured, would leave torch with an
+    event of the capture to ask, which CUDA refuses.
+    """
 
     def __init__(self, layers: Sequence[DeviceExpertCache]) -> None:
-        """Enqueue the copy to the host, of layers with a table each; what it says holds until a layer is planned."""
-        self._layers = [weakref.ref(layer) for layer in layers]
-        tables = torch.cat([layer.table.slot_of_expert for layer in layers if layer.table is not None])
-        host = torch.empty(tables.shape, dtype=tables.dtype, pin_memory=tables.is_cuda)
-        host.copy_(tables, non_blocking=True)
-        self._tables = torch.split(host, [layer.num_experts for layer in layers])
-        self._arrived: Any = torch.get_device_module(tables.device).Event()
+        """Take memory for the tables of some layers, each of which has one; nothing is read yet."""
+        self._layers = {id(layer): place for place, layer in enumerate(layers)}
+        self._tables = [layer.table.slot_of_expert for layer in layers if layer.table is not None]
+        experts = [layer.num_experts for layer in layers]
+        device, dtype = self._tables[0].device, self._tables[0].dtype
+        self._host = torch.empty(sum(experts), dtype=dtype, pin_memory=device.type == "cuda")
+        self._rows = torch.split(self._host, experts)
+        self._arrived: Any = torch.get_device_module(device).Event()
+
+    def read(self) -> None:
+        """Enqueue the copy to the host; what it says of a layer holds until that layer is planned."""
+        self._host.copy_(torch.cat(self._tables), non_blocking=True)
         self._arrived.record()
 
     def experts_to_prefetch(self, layer: DeviceExpertCache, rows: int) -> list[int]:
-        """The experts that ``plan_kernel.prefetch`` names for a layer; waits until the snapshot is there.
+        """The experts that ``plan_kernel.prefetch`` names for a layer; waits until what was read is there.
 
         Args:
-            layer: one of those read, not yet planned in this pass.
+            layer: one of those read, not yet planned since.
             rows: experts of a staging bank.
         """
         self._arrived.synchronize()
-        place = next(i for i, known in enumerate(self._layers) if known() is layer)
-        absent = [expert for expert, slot in enumerate(self._tables[place].tolist()) if slot < 0]
+        slots = self._rows[self._layers[id(layer)]].tolist()
+        absent = [expert for expert, slot in enumerate(slots) if slot < 0]
         return absent[:rows] if len(absent) == layer.num_experts - layer.num_slots else []
 
 

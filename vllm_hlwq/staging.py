@@ -40,6 +40,7 @@ class Staging:
     gathers: tuple[Gather, ...]
     stream: torch.cuda.Stream | torch.cpu.Stream
     _snapshot: SlotSnapshot | None = None
+    _watched: bool = False
     _arrival: Arrival | None = None
     _latest: tuple[weakref.ref[Any], DeviceExpertCache] | None = None
     _layers: list[DeviceExpertCache] = field(default_factory=list)
@@ -62,7 +63,8 @@ class Staging:
         return sum(bank.nbytes for bank in self.banks)
 
     def add(self, layer: DeviceExpertCache) -> None:
-        """Let a layer use these banks; layers come in the order of the model."""
+        """Let a layer use these banks; layers come in the order of the model, before any of them runs."""
+        assert self._snapshot is None
         self._layers.append(layer)
 
     def enter(self, layer: DeviceExpertCache, forward: object) -> None:
@@ -77,7 +79,7 @@ class Staging:
             if self._layers.index(previous) < self._layers.index(layer):
                 self._successors[id(previous)] = layer
                 return
-        self._snapshot = self._arrival = None
+        self._watched, self._arrival = False, None
 
     def successor(self, layer: DeviceExpertCache) -> DeviceExpertCache | None:
         """The layer that followed ``layer`` when both last ran in one forward pass; None for the last one."""
@@ -85,8 +87,10 @@ class Staging:
 
     def watch(self) -> None:
         """Read the slot tables of all layers, once in a pass."""
-        if self._snapshot is None:
-            self._snapshot = SlotSnapshot(self._layers)
+        if not self._watched:
+            self._snapshot = self._snapshot or SlotSnapshot(self._layers)
+            self._snapshot.read()
+            self._watched = True
 
     def prefetch(self, layer: DeviceExpertCache, bank: int) -> None:
         """Let ``stream`` copy into a bank what ``layer`` is going to need; it must be planned next in this pass.
@@ -94,6 +98,7 @@ class Staging:
         Waits on the host until the snapshot of this pass is there, which is at most once.
         """
         assert self._snapshot is not None
+        assert self._watched
         assert layer.store is not None
         experts = self._snapshot.experts_to_prefetch(layer, self.rows)
         copy_records(layer.store, experts, self.banks[bank], self.stream)
