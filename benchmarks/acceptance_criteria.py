@@ -71,11 +71,12 @@ def without_misses(engines: Engines, _: Any, __: float) -> Verdicts:
     stock, cached = case(engines, "resident", 1), case(engines, "all_but_one", 1)
     share = cached["decode_tokens_per_second"] / stock["decode_tokens_per_second"]
     more = cached["step_milliseconds"] - stock["step_milliseconds"]
-    misses = cached["decode_bytes_per_step"]
+    copied, misses = cached["decode_bytes_per_step"], cached["timed_misses"]
     yield (
         f">= 97 % of stock, or <= {COST_MILLISECONDS} ms a step more",
-        f"{share:.1%}, {more:+.2f} ms of {stock['step_milliseconds']:.2f} ({misses / MIB:.2f} MiB a step copied)",
-        (share >= 0.97 or more <= COST_MILLISECONDS) and misses == 0,
+        f"{share:.1%}, {more:+.2f} ms of {stock['step_milliseconds']:.2f} ({copied / MIB:.2f} MiB a step copied; "
+        f"{misses} misses in all timed requests)",
+        (share >= 0.97 or more <= COST_MILLISECONDS) and copied == 0,
     )
 
 

@@ -110,11 +110,13 @@ def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, rep
     """
     case = f"{batch} {prompt_tokens}"
     engine.timed(engine.prompts(f"warm-up {case}", batch, prompt_tokens), WARM_UP_TOKENS)
+    before = engine.counters()
     prefills, requests = [], []
     for repeat in range(repeats):
         prompts = engine.prompts(f"{repeat} {case}", batch, prompt_tokens)
         prefills.append(engine.timed(prompts, 1))
         requests.append(engine.timed(prompts, 1 + new_tokens) if new_tokens else prefills[-1])
+    timed = difference(engine.counters(), before)
     prefill_seconds = median(prefills)
     figures = {
         "batch": batch,
@@ -123,6 +125,7 @@ def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, rep
         "repeats": repeats,
         "prefill_seconds": prefill_seconds,
         "prefill_tokens_per_second": batch * prompt_tokens / prefill_seconds,
+        **({"timed_misses": timed["queries"] - timed["hits"]} if timed else {}),
         **cache_figures(engine, engine.prompts(f"counted {case}", batch, prompt_tokens), new_tokens),
     }
     return figures | (decode_figures(median(requests) - prefill_seconds, batch, new_tokens) if new_tokens else {})

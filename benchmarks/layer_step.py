@@ -23,7 +23,6 @@ from vllm_hlwq.device_loading import load_cache
 from vllm_hlwq.expert_cache import is_prompt
 from vllm_hlwq.gather_kernel import Gather
 from vllm_hlwq.plan_kernel import plan
-from vllm_hlwq.wave_blocks import Alignment, blocks_of_waves
 
 DECODE_EXPERTS = {1: 8, 8: 41, 32: 80}
 """Experts that a batch names, by its tokens: of 128 at 8 a token, with the locality of ``bench/routing.py``."""
@@ -105,26 +104,24 @@ class Layer:
     def parts_us(self, cache: DeviceExpertCache, ids: torch.Tensor) -> dict[str, float]:
         """Microseconds of each part of a step alone. Loads nothing, so ``cache`` must be reset before its next step.
 
-        ``gather`` is the launches of the step with nothing to load, ``compute`` all its waves.
+        ``gather`` is the launches of the step with nothing to load, ``compute`` all its waves. A cache's ``blocks``
+        has the resident layer's ``align`` in it.
         """
         backend, experts = self.backend, self.shape.experts
         steps, tokens, top_k = ids.shape
         buffers = backend.buffers(*self._workspaces, tokens * top_k)
         hidden, weights, output = self.hidden[:tokens], self.weights[:tokens], self.output[:tokens]
-        alignments = [backend.align(step, experts) for step in ids]
-        banks, waves = [cache.slot_bank], [[alignment] for alignment in alignments]
-        parts: dict[str, Part] = {
-            "align": lambda number: backend.align(ids[number], experts),
-            "combine": lambda number: backend.combine(buffers.out_rows, ids[number], output),
-        }
-        if cache.table is not None:
-            wave_rows = cache.table.wave_rows[: 1 if tokens * top_k <= cache.num_slots else None]
-            staged = cache.staging_bank.banks
-            banks += [staged[wave % len(staged)] for wave in range(len(wave_rows) - 1)]
+        banks, waves = [cache.slot_bank], [[backend.align(step, experts)] for step in ids]
+        parts: dict[str, Part] = {"combine": lambda number: backend.combine(buffers.out_rows, ids[number], output)}
+        if cache.table is None:
+            parts["align"] = lambda number: backend.align(ids[number], experts)
+        else:
             for number, step in enumerate(ids):
                 plan(cache.table, step, self.no_padding[:tokens])
-                waves[number] = blocks_of_waves(alignments[number], wave_rows)
-            parts |= self._parts_of_a_cache(cache, ids, alignments, wave_rows)
+                waves[number] = cache.blocks(step)
+            staged = cache.staging_bank.banks
+            banks += [staged[wave % len(staged)] for wave in range(len(waves[0]) - 1)]
+            parts |= self._parts_of_a_cache(cache, ids, len(waves[0]))
 
         def compute(number: int) -> None:
             for bank, blocks in zip(banks, waves[number], strict=True):
@@ -137,19 +134,17 @@ class Layer:
         }
         return times | {"compute": self.microseconds(compute, steps)}
 
-    def _parts_of_a_cache(
-        self, cache: DeviceExpertCache, ids: torch.Tensor, alignments: list[Alignment], wave_rows: torch.Tensor
-    ) -> dict[str, Part]:
+    def _parts_of_a_cache(self, cache: DeviceExpertCache, ids: torch.Tensor, num_waves: int) -> dict[str, Part]:
         table, store, no_padding = cache.table, cache.store, self.no_padding[: ids.shape[1]]
         gather, nothing = Gather(store.layout, cache.slot_bank), torch.zeros_like(table.load_count)
 
         def gather_nothing(_: int) -> None:
-            for _ in range(len(wave_rows)):
+            for _ in range(num_waves):
                 gather(store.device_address, table.load_experts, table.load_slots, nothing)
 
         return {
             "plan": lambda number: plan(table, ids[number], no_padding),
-            "blocks": lambda number: blocks_of_waves(alignments[number], wave_rows),
+            "blocks": lambda number: cache.blocks(ids[number]),
             "gather": gather_nothing,
         }
 

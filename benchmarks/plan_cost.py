@@ -13,7 +13,7 @@ from known_misses import KnownSteps, check_outcome, first_ids, ids_of, is_known,
 
 from vllm_hlwq.bench.cuda_timing import seconds_per_call
 from vllm_hlwq.expert_cache import is_prompt
-from vllm_hlwq.marlin_moe import block_size
+from vllm_hlwq.marlin_moe import resident_block_size
 from vllm_hlwq.plan_kernel import DeviceSlotTable, plan
 from vllm_hlwq.vllm_compat import borrow
 from vllm_hlwq.wave_blocks import Alignment, blocks_of_waves
@@ -62,7 +62,7 @@ def align_and_deal_us(table: DeviceSlotTable, ids: torch.Tensor) -> tuple[float,
         ids: int32 ``[steps, T, k]``.
     """
     _, tokens, top_k = ids.shape
-    size = block_size(tokens, top_k, table.num_experts)
+    size = resident_block_size(tokens, top_k, table.num_experts)
     align = borrow("moe_align_block_size")
     blocks = Alignment(*align(ids[-1], size, table.num_experts), size)
     wave_rows = table.wave_rows[: waves_of(table, tokens)]

@@ -16,7 +16,7 @@ def judged(step_us: float, resident_us: float, link_us: float, parts: dict[str, 
         resident_us: of the resident layer, on the same ids.
         link_us: the prediction: bytes missed at the copy engine's rate.
         parts: microseconds of the step's parts alone. ``plan``, ``blocks`` and ``gather``, without loads, are not in
-            resident steps.
+            resident steps, whose ``align`` a cache has in its ``blocks``.
 
     Returns:
         The times; ``over_us`` above resident; ``overhead_us`` of it beyond the prediction, negative where loads hide

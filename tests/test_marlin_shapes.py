@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import (
     marlin_permute_scales,
 )
 
-from vllm_hlwq.marlin_moe import block_size
+from vllm_hlwq.marlin_moe import resident_block_size
 from vllm_hlwq.marlin_shapes import int4_layout_obstacle, marlin_obstacle
 
 
@@ -51,4 +51,4 @@ def test_scales_are_confused_where_a_group_is_a_whole_expert(
     [(1, 8, 128, 8), (115, 8, 128, 8), (116, 8, 128, 16), (460, 8, 128, 32), (600, 8, 128, 48), (8192, 8, 128, 64)],
 )
 def test_blocks_have_the_rows_of_vllms_rule(tokens: int, top_k: int, experts: int, rows: int) -> None:
-    assert block_size(tokens, top_k, experts) == rows
+    assert resident_block_size(tokens, top_k, experts) == rows

@@ -6,6 +6,7 @@ The library is the one that torch has loaded into this process, so both speak of
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +49,12 @@ class CudaRuntime:
             raise CudaError("no CUDA runtime library (libcudart) is loaded; a CUDA build of torch brings it")
         self.library = ctypes.CDLL(paths[0])
         self.library.cudaGetErrorString.restype = ctypes.c_char_p
+
+    @classmethod
+    @functools.cache
+    def loaded(cls) -> CudaRuntime:
+        """The runtime of this process, looked for once."""
+        return cls()
 
     def check(self, status: int) -> None:
         """Raise CudaError for a status other than success, and clear it so that torch does not report it later."""

@@ -109,6 +109,9 @@ class DeviceBackend(ABC):
         return Buffers(flat, workspace13, flat[gate_up:].view(rows, hidden))
 
     @abstractmethod
+    def block_size(self, tokens: int, top_k: int, num_experts: int) -> int:
+        """Rows of a block in a step of ``tokens``, as for a resident model of ``num_experts`` on this rank."""
+
     def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:
         """Sort a step's rows into blocks, each computed from the row of its expert's id, as for a resident model.
 
@@ -116,6 +119,10 @@ class DeviceBackend(ABC):
             expert_ids: int32 ``[T, k]``, contiguous; ids outside ``0..num_experts - 1`` get no place.
             num_experts: experts of the layer on this rank.
         """
+        tokens, top_k = expert_ids.shape
+        size = self.block_size(tokens, top_k, num_experts)
+        sorted_rows, block_experts, padded_rows = self._align(expert_ids, size, num_experts)
+        return Alignment(sorted_rows, block_experts, padded_rows, size)
 
     @abstractmethod
     def compute(

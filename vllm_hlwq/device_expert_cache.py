@@ -16,6 +16,7 @@ from .expert_cache import COUNTERS, is_prompt, named_experts
 from .gather_kernel import Gather
 from .host_store import HostStore
 from .plan_kernel import DeviceSlotTable, plan, prefetch
+from .short_steps import MOST_PAIRS, blocks_of_short_step, lanes
 from .staging import Arrival, Staging
 from .wave_blocks import Alignment, blocks_of_waves
 from .weight_bank import WeightBank
@@ -77,6 +78,9 @@ class DeviceExpertCache:
             for prefetched in (False, True):
                 plan(table, torch.full((1, top_k), -1, dtype=dtype, device=device), prefetched=prefetched)
         prefetch(table)
+        short_steps = range(1, min(self.num_slots, MOST_PAIRS) + 1)
+        for pairs in {lanes(pairs): pairs for pairs in short_steps}.values():
+            blocks_of_short_step(nothing.repeat(pairs).view(1, pairs), table.wave_rows[0], 8)
         for waves in (1, table.num_waves):
             blocks_of_waves(Alignment(nothing, nothing, nothing, 1), table.wave_rows[:waves])
         self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
@@ -120,8 +124,7 @@ class DeviceExpertCache:
             ids = self.table.ids[: len(topk_ids)]
             if self.record is not None:
                 self.record(ids)
-            alignment = self.backend.align(ids, self.num_experts)
-            waves = self._waves(alignment, topk_ids.numel(), forward, arrival)
+            waves = self._waves(self.blocks(ids), topk_ids.numel(), forward, arrival)
         for bank, blocks in waves:
             self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
         self.backend.combine(buffers.out_rows, ids, output)
@@ -146,18 +149,31 @@ class DeviceExpertCache:
             return False
         return self._runtime is not torch.cuda or not torch.cuda.is_current_stream_capturing()
 
-    def _waves(
-        self, alignment: Alignment, pairs: int, forward: object | None, arrival: Arrival | None
-    ) -> Iterator[tuple[WeightBank, Alignment]]:
-        """Enqueue the step's loads; give out bank and blocks of each wave, to be computed before the next is asked for.
+    def blocks(self, ids: torch.Tensor) -> list[Alignment]:
+        """The blocks of each wave of the step that was planned last.
 
-        How many waves there are follows from shapes alone: one if all ``pairs`` of (token, k) could name another expert
-        and still fit the slots, else as many as ``DeviceSlotTable`` proves enough.
+        How many waves there are follows from shapes alone: one if every (token, k) could name another expert and still
+        fit the slots, else as many as ``DeviceSlotTable`` proves enough.
+
+        Args:
+            ids: its local ids, int32 ``[T, k]``, as the planner wrote them.
         """
+        table, pairs = self.table, ids.numel()
+        assert table is not None
+        if pairs <= min(self.num_slots, MOST_PAIRS):
+            tokens, top_k = ids.shape
+            size = self.backend.block_size(tokens, top_k, self.num_experts)
+            return [blocks_of_short_step(ids, table.wave_rows[0], size)]
+        wave_rows = table.wave_rows[: 1 if pairs <= self.num_slots else None]
+        return blocks_of_waves(self.backend.align(ids, self.num_experts), wave_rows)
+
+    def _waves(
+        self, blocks: list[Alignment], pairs: int, forward: object | None, arrival: Arrival | None
+    ) -> Iterator[tuple[WeightBank, Alignment]]:
+        """Enqueue the step's loads; give out bank and blocks of each wave, which is to be computed before the next."""
         table, staging = self.table, self.staging_bank
         assert table is not None
         assert staging is not None
-        blocks = blocks_of_waves(alignment, table.wave_rows[: 1 if pairs <= self.num_slots else None])
         if len(blocks) == 1:
             self._load_slots(self._address, table.load_experts, table.load_slots, table.load_count)
             yield self.slot_bank, blocks[0]

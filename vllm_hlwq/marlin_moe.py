@@ -48,7 +48,7 @@ def device_obstacle(expert_format: ExpertFormat, moe_config: Any) -> str | None:
     return obstacle
 
 
-def block_size(tokens: int, top_k: int, num_experts: int) -> int:
+def resident_block_size(tokens: int, top_k: int, num_experts: int) -> int:
     """Rows of a block, by the rule that ``fused_marlin_moe`` of vLLM 0.32 has for a resident model of these sizes."""
     for size in BLOCK_SIZES:
         if tokens * top_k / num_experts / size < 0.9:
@@ -71,13 +71,10 @@ class MarlinBackend(DeviceBackend):
         )
         self._run = borrow("_fused_marlin_moe")
 
-    def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:
-        tokens, top_k = expert_ids.shape
+    def block_size(self, tokens: int, top_k: int, num_experts: int) -> int:
         # Under expert parallelism vLLM counts on an even share of the tokens.
         share = math.ceil(tokens * num_experts / self.moe_config.num_experts)
-        size = block_size(share, top_k, num_experts)
-        sorted_rows, block_experts, padded_rows = self._align(expert_ids, size, num_experts)
-        return Alignment(sorted_rows, block_experts, padded_rows, size)
+        return resident_block_size(share, top_k, num_experts)
 
     def compute(
         self,

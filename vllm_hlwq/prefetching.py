@@ -65,7 +65,6 @@ def copy_records(store: HostStore, experts: list[int], bank: WeightBank, stream:
         bank: of the same layout.
         stream: of CUDA; another device's is not asked, and the copy is done on return.
     """
-    runtime = None
     row = 0
     for first, end in runs(experts):
         for name, field in store.layout.items():
@@ -73,8 +72,7 @@ def copy_records(store: HostStore, experts: list[int], bank: WeightBank, stream:
             if not target.is_cuda:
                 target.copy_(store.field(name)[first:end])
                 continue
-            runtime = runtime or CudaRuntime()
-            runtime.copy_rows_to_device(
+            CudaRuntime.loaded().copy_rows_to_device(
                 target.data_ptr(), field.nbytes,
                 store.address + first * store.layout.record_bytes + field.offset, store.layout.record_bytes,
                 field.nbytes, end - first, stream.cuda_stream,

@@ -46,10 +46,8 @@ class TritonBackend(DeviceBackend):
         )
         return launch
 
-    def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:
-        size = self._launch(*expert_ids.shape)["BLOCK_SIZE_M"]
-        sorted_rows, block_experts, padded_rows = self._align(expert_ids, size, num_experts)
-        return Alignment(sorted_rows, block_experts, padded_rows, size)
+    def block_size(self, tokens: int, top_k: int, num_experts: int) -> int:
+        return self._launch(tokens, top_k)["BLOCK_SIZE_M"]
 
     def compute(
         self,

@@ -28,6 +28,9 @@ class OneMatrix:
 
     name = "one matrix"
 
+    def block_size(self, tokens: int, top_k: int, num_experts: int) -> int:
+        return BLOCK
+
     def align(self, expert_ids: torch.Tensor, num_experts: int) -> Alignment:
         flat = expert_ids.reshape(-1).tolist()
         places, blocks = [], []

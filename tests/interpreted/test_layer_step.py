@@ -76,7 +76,7 @@ def test_a_row_holds_the_times_of_a_checked_step(
     assert (row["step_us"], row["resident_us"]) == (pytest.approx(calls), pytest.approx(calls))
     assert row["link_us"] == pytest.approx(misses * cache.record_bytes / 1e3)
     whole_periods = pytest.approx(calls * -(-5 // calls))
-    parts = dict.fromkeys(("plan", "align", "blocks", "gather", "combine"), whole_periods)
+    parts = dict.fromkeys(("plan", "blocks", "gather", "combine"), whole_periods)
     assert row["parts_us"] == parts | {"compute": pytest.approx(calls)}
     assert (row["tokens"], row["slots"], row["distinct"], row["misses"]) == (tokens, slots, named, misses)
 
