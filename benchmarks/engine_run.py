@@ -1,6 +1,6 @@
 """One engine in one process: starts it, measures prefill and decoding, and writes what it found as JSON.
 
-    python benchmarks/engine_run.py RESULT.json < SPECIFICATION.json
+    python benchmarks/engine_run.py RESULT.json [--import-first] < SPECIFICATION.json
 
 Run by ``throughput.py``, which gives every configuration a process of its own: memory is clean, and a failure is that
 process's. Prompts are fixed token ids, different for every repetition and equal for every configuration.
@@ -192,5 +192,7 @@ def probe(_: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "--import-first" in sys.argv:  # while another engine is measured, for instance
+        import vllm  # noqa: F401
     given = json.load(sys.stdin)
     Path(sys.argv[1]).write_text(json.dumps({"probe": probe, "engine": run}[given["task"]](given)))

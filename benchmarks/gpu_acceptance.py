@@ -1,6 +1,7 @@
 """Does the expert cache keep its promises on this GPU? One command, no network, under nine minutes.
 
     python benchmarks/gpu_acceptance.py --out DIR [--parts correctness performance] [--layers N]
+    python benchmarks/gpu_acceptance.py --judge RESULT.json
 
 Correctness is ``pytest -m gpu`` on kernels, layers and whole engines: a layer in one wave has the bits of stock vLLM's
 Marlin, in several waves it differs by no more than Marlin itself between batch shapes, and greedy tokens are those of
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from acceptance_criteria import Criterion, judge
+from engine_process import Task, run_task
 from make_checkpoint import make_checkpoint
 from rich.console import Console
 from rich.table import Table
-from throughput import OFFLOADING, ROUTING_VARIABLE, expert_memory, run_task
+from throughput import OFFLOADING, ROUTING_VARIABLE, expert_memory
 
 from vllm_hlwq.bench.routing import BUT_ONE, MEASURED_LOCALITY
 from vllm_hlwq.options import config_key
@@ -40,6 +43,7 @@ from vllm_hlwq.options import config_key
 PROJECT = Path(__file__).parent.parent
 SHAPE = "gemma-4-26b-a4b"
 EXPERTS, SLOTS = 128, 32
+SUMMARY = re.compile(r"^\d+ (?:passed|failed|skipped).*$", re.MULTILINE)
 KV_CACHE_BYTES = 6 * 2**30
 LONG_PROMPT = 8192
 ALONE = {"batch": 1, "prompt_tokens": 512, "new_tokens": 48}
@@ -77,11 +81,12 @@ def cache(name: str, slots: int, *cases: dict[str, int], routing: str = MEASURED
 
 MARLIN = {"moe_backend": "marlin"}
 ENGINES = {
+    # The first one compiles what all have in common, so it is none whose start-up is compared.
+    "all": cache("all", EXPERTS, ALONE),
     "resident": Engine("resident", MARLIN, (ALONE, PROMPT, MANY)),
     "cache": cache("cache", SLOTS, ALONE, PROMPT, MANY),
     # Long prompts first: experts that are rarely named must be resident before steps without misses are timed.
     "all_but_one": cache("all_but_one", EXPERTS - 1, PROMPT, ALONE, routing=BUT_ONE),
-    "all": cache("all", EXPERTS, ALONE),
 }
 OFFLOADING_CASES = {"uva": (ALONE, MANY), "prefetch": (MANY,)}
 ENGINE_NAMES = [*ENGINES, *OFFLOADING]
@@ -97,11 +102,28 @@ class Performance:
     logs: Path
     timeout: float
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prepared: dict[str, Task] = field(default_factory=dict)
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, following: str | None) -> None:
+        """Measure an engine, while the process of the next one imports vLLM."""
+        self.prepare(name)
+        if following is not None:
+            self.prepare(following)
         engine = ENGINES.get(name) or self.offloading(name)
-        if engine is not None:
-            self.measure(engine)
+        task = self.prepared.pop(name)
+        if engine is None:
+            task.end()
+        else:
+            self.measure(engine, task)
+
+    def prepare(self, name: str) -> None:
+        if name not in self.prepared:
+            routing = ENGINES[name].routing if name in ENGINES else MEASURED_LOCALITY
+            self.prepared[name] = Task({ROUTING_VARIABLE: routing}, log_of(name, self.logs), import_first=True)
+
+    def end(self) -> None:
+        for task in self.prepared.values():
+            task.end()
 
     def offloading(self, name: str) -> Engine | None:
         """vLLM's own offloading with as much GPU memory for experts as the cache has, which must be known by now."""
@@ -112,7 +134,7 @@ class Performance:
         assert arguments is not None  # a quarter of the experts is resident
         return Engine(name, arguments | MARLIN, OFFLOADING_CASES[name])
 
-    def measure(self, engine: Engine) -> None:
+    def measure(self, engine: Engine, task: Task) -> None:
         common: dict[str, Any] = {
             "max_model_len": LONG_PROMPT + 64,
             "max_num_batched_tokens": LONG_PROMPT,
@@ -132,8 +154,7 @@ class Performance:
             "engine": common | engine.arguments, "cases": list(engine.cases), "repeats": 3,
         }  # fmt: skip
         start = time.monotonic()
-        routing = {ROUTING_VARIABLE: engine.routing}
-        result = run_task(specification, routing, self.timeout, self.logs / f"{engine.name}.log")
+        result = task.run(specification, self.timeout)
         print(
             f"{engine.name}: {result['status']} in {time.monotonic() - start:.0f} s {result.get('reason', '')}",
             flush=True,
@@ -163,8 +184,8 @@ def results_of(running: dict[str, subprocess.Popen[bytes]], logs: Path) -> dict[
     results = {}
     for name, process in running.items():
         code = process.wait()
-        last = log_of(name, logs).read_text(errors="replace").strip().splitlines()[-1:]
-        results[name] = {"passed": code == 0, "summary": last[0] if last else ""}
+        summaries = SUMMARY.findall(log_of(name, logs).read_text(errors="replace"))
+        results[name] = {"passed": code == 0, "summary": summaries[-1] if summaries else "no result"}
         print(f"{name} tests: {'passed' if code == 0 else 'FAILED'} {results[name]['summary']}", flush=True)
     return results
 
@@ -182,16 +203,32 @@ def save(result: dict[str, Any], folder: Path, start: float) -> None:
     (folder / "gpu_acceptance.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def print_table(criteria: list[Criterion], device: str) -> None:
-    table = Table("promise", "limit", "measured", "kept", title=f"Expert cache on {device}")
+def all_criteria(result: dict[str, Any]) -> list[Criterion]:
+    """What a result says of each promise."""
+    tests = [
+        Criterion(f"{name} tests pass", "", (SUMMARY.findall(found["summary"]) or [""])[0], found["passed"])
+        for name, found in result.get("tests", {}).items()
+    ]
+    if "engines" not in result:
+        return tests
+    return tests + judge(result["engines"], result["gather"], result["link_bytes_per_second"])
+
+
+def report(result: dict[str, Any]) -> int:
+    """Print a line for each promise; 0 if all are kept."""
+    table = Table("promise", "limit", "measured", "kept", title=f"Expert cache on {result['environment']['device']}")
+    criteria = all_criteria(result)
     for found in criteria:
         table.add_row(found.promise, found.limit, found.measured, "yes" if found.kept else "NO")
     Console(width=None if Console().is_terminal else 160).print(table)
+    return int(not all(found.kept for found in criteria))
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, metavar="DIR", help="folder for the result")
+    wanted.add_argument("--judge", type=Path, metavar="FILE", help="measure nothing: judge this result again")
     parser.add_argument(
         "--parts", nargs="+", choices=("correctness", "performance"), default=["correctness", "performance"]
     )
@@ -211,6 +248,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     options = parse(words)
+    if options.judge is not None:
+        return report(json.loads(options.judge.read_text()))
     start = time.monotonic()
     machine = run_task({"task": "probe"}, {}, options.timeout)
     if machine["status"] != "ok":
@@ -224,7 +263,6 @@ def main(words: list[str] | None = None) -> int:
         "link_bytes_per_second": machine["bytes_per_second"],
         "parts": options.parts,
     }
-    criteria: list[Criterion] = []
     with tempfile.TemporaryDirectory(prefix="acceptance-") as scratch:
         running = start_tests(logs) if "correctness" in options.parts else {}
         model = options.model or Path(scratch) / SHAPE
@@ -232,23 +270,20 @@ def main(words: list[str] | None = None) -> int:
             make_checkpoint(SHAPE, model, options.layers)
         if running:
             result["tests"] = results_of(running, logs)
-            criteria += [
-                Criterion(f"{name} tests pass", "", found["summary"], found["passed"])
-                for name, found in result["tests"].items()
-            ]
         if "performance" in options.parts:
             result |= {"model": SHAPE, "layers": options.layers, "compiled": options.compile}
             result["gather"] = gather_rates(Path(scratch))
             performance = Performance(model, options.compile, logs, options.timeout)
             result["engines"] = performance.engines
-            for name in options.engines:
-                performance.run(name)
-                save(result, options.out, start)  # what is known by now survives whatever comes
-            criteria += judge(result["engines"], result["gather"], result["link_bytes_per_second"])
-    result["criteria"] = [vars(found) for found in criteria]
+            try:
+                for name, following in zip(options.engines, [*options.engines[1:], None], strict=True):
+                    performance.run(name, following)
+                    save(result, options.out, start)  # what is known by now survives whatever comes
+            finally:
+                performance.end()
+    result["criteria"] = [vars(found) for found in all_criteria(result)]
     save(result, options.out, start)
-    print_table(criteria, machine["environment"]["device"])
-    return int(not all(found.kept for found in criteria))
+    return report(result)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_acceptance import all_criteria
 from kv_cache_bars import kv_bars
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
@@ -156,11 +157,50 @@ def moe_layer(result: dict[str, Any]) -> str:
         f"Records of {gather['record_bytes']:,} bytes (`{result['shape']}`); a launch with nothing to load takes "
         f"{gather['empty_us']:.1f} µs.\n\n"
         f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
+        + (kernel_variants(gather) if "cuda_sweep" in gather else "")
         + (planner(result["plan"]) if "plan" in result else "")
         + (layer_steps(result["layer"]) if "layer" in result else "")
         + f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
         f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}; made by "
         "`benchmarks/moe_layer.py --sweep`.)\n"
+    )
+
+
+def kernel_variants(gather: dict[str, Any]) -> str:
+    """The best of each kernel over all its sizes, against the kernel as it ships."""
+    tried = [*gather["sweep"], *gather["cuda_sweep"]]
+    counts = list(tried[0]["gb_per_s"])
+    rows = ""
+    for kernel, name in KERNELS.items():
+        rates = [row["gb_per_s"] for row in tried if row["kernel"] == kernel]
+        rows += f"| {name} | {' | '.join(f'{max(rate[count] for rate in rates):.1f}' for count in counts)} |\n"
+    return (
+        "Kernels that read host memory stay below the copy engine whatever they are made of. The best of each over "
+        "numbers of blocks, chunk sizes and, for bulk copies, stages, in GB/s:\n\n"
+        f"| | {' | '.join(f'{count} a launch' for count in counts)} |\n|---{'|---' * len(counts)}|\n{rows}\n"
+    )
+
+
+KERNELS = {
+    "triton": "Triton, 16-byte reads (this package)",
+    "vector": "CUDA C++, 16-byte reads",
+    "vector_l2_256": "CUDA C++, 16-byte reads that ask L2 for 256 bytes",
+    "bulk": "CUDA C++, bulk asynchronous copies (TMA) through shared memory",
+}
+
+
+def gpu_acceptance(result: dict[str, Any]) -> str:
+    """Every promise as ``gpu_acceptance.py`` judges it today."""
+    environment = result["environment"]
+    rows = "".join(
+        f"| {found.promise} | {found.limit} | {found.measured} | {'yes' if found.kept else '**no**'} |\n"
+        for found in all_criteria(result)
+    )
+    return (
+        f"| promise | limit | measured | kept |\n|---|---|---|---|\n{rows}\n"
+        f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
+        f"{result['link_bytes_per_second'] / 1e9:.1f} GB/s by copy engine, vLLM {environment['vllm']}, torch "
+        f"{environment['torch']}, {environment['date']}; made by `benchmarks/gpu_acceptance.py`.)\n"
     )
 
 
@@ -313,6 +353,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "codec_ideas": codec_ideas,
     "moe_layer": moe_layer,
+    "gpu_acceptance": gpu_acceptance,
     "sizing": sizing,
     "kv_cache": kv_cache,
     "routing_traces": routing_traces,

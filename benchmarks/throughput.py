@@ -16,108 +16,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+from engine_process import run_task
 from throughput_report import add_predictions, draw_chart, print_table
 
 from vllm_hlwq.bench.controls import ExpertMemory, control_resident_bytes, prefetch_arguments, uva_arguments
 from vllm_hlwq.bench.routing import MEASURED_LOCALITY
-from vllm_hlwq.bench.server import ENVIRONMENT
 from vllm_hlwq.options import config_key
 from vllm_hlwq.plugin import ROUTING_VARIABLE
 
-ENGINE_RUN = Path(__file__).with_name("engine_run.py")
 ROUTINGS = {"model": "", MEASURED_LOCALITY: MEASURED_LOCALITY, "uniform": "uniform_random"}
 OFFLOADING = {"uva": uva_arguments, "prefetch": prefetch_arguments}
 CONTROLS = ("resident", *OFFLOADING)
 GPU_CONTROLS = "resident,resident:marlin,uva:marlin,prefetch:marlin"
 """Both kernels when resident: on Hopper stock vLLM prefers another than Marlin, which the cache runs on."""
-SAMPLE_SECONDS = 0.1
-_RAISED = re.compile(
-    r"^(?:\[rank\d+\]: )?(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?"  # what vLLM and torch put before a traceback's lines
-    r"(?:\w+\.)*(\w*(?:Error|Exception|Failed|Unsupported)\w*: \S.*)$"
-)
-_DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
-_CONSEQUENCES = ("EngineDeadError", "Engine core initialization failed", "RuntimeError: cancelled", "WorkerProc init")
-
-
-class HostMemory(threading.Thread):
-    """The most host memory that was in use while a process ran, over what was in use before.
-
-    Available memory of the whole machine, because memory that a driver locks is nobody's resident set: true on a
-    machine that does nothing else.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        super().__init__(daemon=True)
-        self.process, self.before = process, psutil.virtual_memory().available
-        self.peak = 0
-
-    def run(self) -> None:
-        while self.process.poll() is None:
-            self.peak = max(self.peak, self.before - psutil.virtual_memory().available)
-            time.sleep(SAMPLE_SECONDS)
-
-
-def failure_reason(log: str, returncode: int) -> str:
-    """One line that says why a process failed: the first error in its log that is no consequence of another."""
-    for line in log.splitlines():
-        match = _RAISED.match(line)
-        if match and not any(consequence in match[1] for consequence in _CONSEQUENCES):
-            return match[1]
-    died = _DIED.search(log)
-    if died:
-        return died[0]
-    if returncode < 0:
-        return f"ended by {signal.Signals(-returncode).name}"
-    return f"ended with code {returncode} and no error in its log"
-
-
-def run_task(
-    specification: dict[str, Any], environment: dict[str, str], timeout: float, keep_log: Path | None = None
-) -> dict[str, Any]:
-    """Run a task of ``engine_run.py`` in a new process group; its result, or the reason why there is none.
-
-    What it prints is written to ``keep_log`` and stays there, or is removed with the task.
-    """
-    with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
-        out, log = Path(scratch) / "result.json", keep_log or Path(scratch) / "log"
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                [sys.executable, str(ENGINE_RUN), str(out)],
-                stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                env={**os.environ, **ENVIRONMENT, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment},
-            )  # fmt: skip
-        host = HostMemory(process)
-        host.start()
-        try:
-            process.communicate(json.dumps(specification), timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"not done after {timeout:.0f} s (--timeout)"}
-        finally:
-            stop_group(process)
-        if process.returncode or not out.exists():
-            return {"status": "failed", "reason": failure_reason(log.read_text(errors="replace"), process.returncode)}
-        return {"status": "ok", "host_peak_bytes": host.peak, **json.loads(out.read_text())}
-
-
-def stop_group(process: subprocess.Popen[str]) -> None:
-    """End what a process has started and left behind, and it itself if it still runs."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # all of it has ended by itself
-    process.wait()
 
 
 class Benchmark:

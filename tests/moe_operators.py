@@ -21,8 +21,9 @@ def align(ids: torch.Tensor, size: int, num_experts: int) -> tuple[torch.Tensor,
     return int32(places), int32(blocks), int32([used])
 
 
-def moe_sum(rows: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, _: None) -> None:
-    output.copy_(torch.where((ids >= 0).unsqueeze(-1), rows.float(), 0.0).sum(1))
+def moe_sum(rows: torch.Tensor, output: torch.Tensor, ids: torch.Tensor | None, _: None) -> None:
+    kept = rows.float() if ids is None else torch.where((ids >= 0).unsqueeze(-1), rows.float(), 0.0)
+    output.copy_(kept.sum(1))
 
 
 def int32(values: list[int]) -> torch.Tensor:

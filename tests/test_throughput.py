@@ -11,7 +11,8 @@ from typing import Any
 
 import matplotlib.image
 import pytest
-from throughput import ENGINE_RUN, control_names, failure_reason, whole_numbers
+from engine_process import ENGINE_RUN, failure_reason
+from throughput import control_names, whole_numbers
 from throughput_report import add_predictions
 
 from vllm_hlwq.bench.environment import parse_nvidia_smi

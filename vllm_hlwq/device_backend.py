@@ -145,12 +145,15 @@ class DeviceBackend(ABC):
             buffers: working memory; of ``out_rows`` only rows of this wave's experts are written.
         """
 
-    def combine(self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor) -> None:
+    def combine(
+        self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor, all_written: bool = False
+    ) -> None:
         """Sum rows over top-k.
 
         Args:
             out_rows: ``[T * k, hidden]``, weighted.
             expert_ids: int32 ``[T, k]``; rows of negative ids are left out, their memory was never written.
             output: ``[T, hidden]``, overwritten.
+            all_written: whether no id is negative, which saves reading them.
         """
-        self._sum(out_rows.view(*expert_ids.shape, -1), output, expert_ids, None)
+        self._sum(out_rows.view(*expert_ids.shape, -1), output, None if all_written else expert_ids, None)

@@ -127,7 +127,8 @@ class DeviceExpertCache:
             waves = self._waves(self.blocks(ids), topk_ids.numel(), forward, arrival)
         for bank, blocks in waves:
             self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
-        self.backend.combine(buffers.out_rows, ids, output)
+        # With a table, rows that pad have no expert.
+        self.backend.combine(buffers.out_rows, ids, output, all_written=self.table is None and expert_map is None)
 
     def _arrival(self, pairs: int, forward: object | None) -> Arrival | None:
         """What the layer before has prefetched for this step of ``pairs`` = T * k, if it did."""

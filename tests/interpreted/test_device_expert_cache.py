@@ -60,7 +60,10 @@ class OneMatrix:
                 if row < topk_weights.numel():
                     buffers.out_rows[row] = hidden_states[row // TOP_K] @ weight + bias
 
-    def combine(self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor) -> None:
+    def combine(
+        self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor, all_written: bool
+    ) -> None:
+        assert not all_written, "rows that pad are not written"
         rows = out_rows.view(*expert_ids.shape, -1)
         output.copy_(torch.where((expert_ids >= 0).unsqueeze(-1), rows, 0.0).sum(1))
 
