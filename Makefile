@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make clean. Each installs the CPU runtime into .venv first, once.
+# make demo | make test | make lint | make docs | make clean. Each installs the CPU runtime into .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/vllm-hlwq-ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py
@@ -15,6 +15,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(READY)
+	$(VENV)/bin/mkdocs build --strict
 
 $(READY): scripts/setup_cpu.py pyproject.toml
 	$(PYTHON) scripts/setup_cpu.py --venv $(VENV)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import render
@@ -26,9 +28,23 @@ def test_the_architecture_names_every_module() -> None:
     assert modules == set(re.findall(r"`(\w+\.py)`", text[text.index("## Which file") : text.index("## Fitting")]))
 
 
-def test_the_readme_names_every_flag() -> None:
-    text = (PROJECT / "README.md").read_text()
-    assert all(flag(name) in text for name in ExpertCacheOptions.model_fields)
+def test_the_readme_and_the_page_of_flags_name_every_flag() -> None:
+    readme, page = ((PROJECT / name).read_text() for name in ("README.md", "docs/flags.md"))
+    assert all(flag(name) in readme for name in ExpertCacheOptions.model_fields)
+    rows = re.findall(r"^\| `(--moe-expert-[a-z-]+)[ `].*\|.*\|.*\|$", page, re.MULTILINE)
+    assert sorted(rows) == sorted(flag(name) for name in ExpertCacheOptions.model_fields)
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    pages = {path.stem for path in (PROJECT / "docs").glob("*.md")}
+    assert {path.parent.name for path in tmp_path.glob("*/index.html")} == pages - {"index"}
+    # Nothing is loaded from another host.
+    for page in tmp_path.rglob("*.html"):
+        assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"https?://", page.read_text()), page.name
 
 
 def test_the_metrics_page_lists_the_metrics() -> None:
