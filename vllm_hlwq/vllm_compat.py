@@ -163,6 +163,11 @@ BORROWED: dict[str, Borrowed] = {
         "loads what its iterator of tensors gives, from files or as they are made",
         ("get_all_weights", "download_model"),
     ),
+    "enable_tqdm": Borrowed(
+        "vllm.model_executor.model_loader.weight_utils",
+        "enable_tqdm",
+        "tells whether this rank shows the progress of loading",
+    ),
     "AutoAWQConfig": Borrowed(f"{_QUANTIZATION}.auto_awq", "AutoAWQConfig", "recognises AWQ checkpoints"),
     "AutoAWQMoEMethod": Borrowed(
         f"{_QUANTIZATION}.auto_awq",
