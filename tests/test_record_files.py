@@ -97,7 +97,7 @@ def test_every_flipped_byte_is_seen(file: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 0x10
         file.write_bytes(damaged)
-        with pytest.raises(RecordFileError, match="damaged|not a file of expert records"):
+        with pytest.raises(RecordFileError, match=r"damaged|not a file of expert records"):
             read(file)
     file.write_bytes(content)
     read(file)
@@ -106,7 +106,7 @@ def test_every_flipped_byte_is_seen(file: Path) -> None:
 @pytest.mark.parametrize("length", [0, 10, PREFIX_BYTES, 100, ALIGNMENT, ALIGNMENT + 1, -1])
 def test_a_file_that_was_cut_is_refused(file: Path, length: int) -> None:
     os.truncate(file, length if length >= 0 else file.stat().st_size - 1)
-    with pytest.raises(RecordFileError, match="cut off|damaged|not a file of expert records"):
+    with pytest.raises(RecordFileError, match=r"cut off|damaged|not a file of expert records"):
         read(file)
 
 

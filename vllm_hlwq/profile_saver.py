@@ -114,7 +114,7 @@ class ProfileSaver:
             try:
                 self._new_profile(worth).save(self.path)
             except OSError as error:
-                failure = str(error)
+                failure = error.strerror or str(error)
             if failure and failure != self._failure:
                 logger.warning(
                     "Expert profile: %s could not be saved: %s; what it held before is unchanged, and it is tried again"

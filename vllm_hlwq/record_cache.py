@@ -102,7 +102,7 @@ class RecordCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_records(path, key, store, lambda n: self._bars.advance("Saving", n))
         except OSError as error:
-            self._give_up(f"{path} could not be written: {error}")
+            self._give_up(f"{path} could not be written: {error.strerror or error}")
             return
         self.saved += 1
 
@@ -146,7 +146,9 @@ def engine_settings(vllm_config: Any) -> dict[str, Any]:
     """What records depend on beside the checkpoint and the layer, as JSON values."""
     model, load = vllm_config.model_config, vllm_config.load_config
     platform = borrow("current_platform")
-    configuration = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
+    values = model.hf_config.to_dict()
+    values.pop("_name_or_path", None)  # where the model lies
+    configuration = json.dumps(values, sort_keys=True, default=str)
     return {
         "layout": LAYOUT_VERSION,
         "plugin": version("vllm-hlwq"),
