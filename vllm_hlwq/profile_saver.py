@@ -107,7 +107,8 @@ class ProfileSaver:
                 name: list(dict.fromkeys([*(self._numbers[name][expert] for expert in experts), *self._worth[name]]))
                 for name, experts in self._reader.read().items()
             }
-            if worth == self._worth and not self._failure:
+            is_there = self.path.exists() or not any(worth.values())
+            if worth == self._worth and is_there and not self._failure:
                 return
             self._worth = worth
             failure = ""

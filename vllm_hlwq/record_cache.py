@@ -93,6 +93,8 @@ class RecordCache:
         """Write a layer's records for the next start; where that fails, say so once and go on."""
         if not self._writable:
             return
+        if not self.saved:
+            self._checkpoints = None  # vLLM may have downloaded files since
         key = self._key(layer)
         if key is None:
             self._give_up(f"{self._config.model_config.model} has no safetensors files here by which to know it again")
