@@ -329,14 +329,15 @@ def start_up(result: dict[str, Any]) -> str:
     others = f"of {result['first']['checkpoint_others_bytes'] / MIB:,.0f}"
     return (
         f"A random checkpoint in the shape of {result['shape']} with {result['layers']} layers, on the reference "
-        "backend; nothing of it was in the page cache before:\n\n"
+        "backend. Nothing was in the page cache before; read is what was in it afterwards, with what the kernel reads "
+        "ahead:\n\n"
         "| | first start | second start |\n|---|---|---|\n"
         + row("layers from files", "layers_restored", 1)
         + row(f"MiB of experts read from the checkpoint, {of}", "checkpoint_experts_read")
         + row(f"MiB of other weights read from it, {others}", "checkpoint_others_read")
         + row("MiB read from the kept files", "kept_bytes_read")
         + row("seconds for that, checksums included", "kept_seconds", 1, ".1f")
-        + row("seconds of vLLM's loading in all", "loading_seconds", 1, ".1f")
+        + row("seconds of vLLM's loading from the checkpoint", "loading_seconds", 1, ".1f")
         + f"\n({machine(result['environment'])}; made by `benchmarks/start_up.py`. The reference backend converts "
         "nothing, so the time that conversion takes on a GPU is not in it.)\n"
     )

@@ -5,7 +5,6 @@ Experts of ``marlin_on_cpu`` are converted by vLLM's own functions, as on CUDA, 
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +25,9 @@ from engines import LoadedModel
 from marlin_operators import marlin_on_cpu
 from safetensors.torch import load_file, save_file
 
-from vllm_hlwq import device_loading, record_cache, record_files
+from vllm_hlwq import device_loading, kept_loader, record_cache, record_files
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.quantize import quantize
-from vllm_hlwq.checkpoint_identity import checkpoint_identity
 from vllm_hlwq.device_backend import DeviceBackend
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.host_store import HostStore
@@ -166,6 +165,37 @@ def test_an_hlwq_checkpoint_is_not_decoded_again(
     assert torch.equal(outputs(first), outputs(second))
 
 
+def test_the_loader_reads_what_is_of_no_expert(int4: Path) -> None:
+    state = load_file(int4 / "model.safetensors")
+    given = dict(kept_loader.tensors(str(int4 / "model.safetensors")))
+    assert given.keys() == state.keys()
+    without_memory = {name for name, tensor in given.items() if tensor.is_meta}
+    assert without_memory == {name for name in state if ".mlp.experts." in name}
+    for name, tensor in given.items():
+        assert (tensor.shape, tensor.dtype) == (state[name].shape, state[name].dtype)
+        assert tensor.is_meta or torch.equal(tensor, state[name])
+
+
+def test_weights_that_only_look_like_experts_are_not_lost(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LoadedModel(int4, TOP_K, store_cache=tmp_path)
+    monkeypatch.setattr(kept_loader, "is_of_experts", lambda name: ".mlp." in name)  # the router too
+    with pytest.raises(ExpertCacheError, match=r"named as experts outside .* remove --moe-expert-store-cache"):
+        LoadedModel(int4, TOP_K, store_cache=tmp_path)
+
+
+def test_one_bad_file_has_the_whole_checkpoint_read(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LoadedModel(int4, TOP_K, store_cache=tmp_path)
+    files(tmp_path)[0].unlink()
+    monkeypatch.setattr(kept_loader, "tensors", None)  # not to be asked
+    loaded = LoadedModel(int4, TOP_K, store_cache=tmp_path)
+    assert restored(loaded) == [False, True]
+    assert loaded.config.load_config.load_format == "auto"
+
+
 def flip(file: Path) -> None:
     with file.open("r+b") as opened:
         opened.seek(-100, os.SEEK_END)
@@ -225,7 +255,7 @@ def test_another_vllm_or_other_weights_get_files_of_their_own(
     assert restored(other) == [False] * LAYERS
     assert not torch.equal(outputs(first), outputs(other))
     with monkeypatch.context() as patched:
-        patched.setattr(record_cache, "version", lambda name: f"{name} 99")
+        patched.setattr(record_cache, "version", lambda name: "99" if name == "vllm" else version(name))
         assert restored(LoadedModel(int4, TOP_K, store_cache=cache)) == [False] * LAYERS
     assert len(files(cache)) == 3 * LAYERS
     for model in (int4, fine_tuned):
@@ -311,45 +341,6 @@ def test_two_engines_that_start_at_once_share_a_folder(int4: Path, tmp_path: Pat
 def test_settings_that_read_experts_all_the_same_are_named(settings: dict[str, Any], said: str | None) -> None:
     stock = {"load_format": "auto", "safetensors_load_strategy": None, "model_loader_extra_config": {}}
     assert reads_whole_files(SimpleNamespace(**stock | settings)) == said
-
-
-def test_a_copy_is_the_same_model_and_a_changed_weight_another(int4: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(int4, copy, copy_function=shutil.copy)
-    one, other = checkpoint_identity(int4), checkpoint_identity(copy)
-    assert one is not None
-    assert other is not None
-    assert (one.contents, one.times != other.times) == (other.contents, True)
-    # One byte outside of every sample: only the time tells.
-    weights = copy / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    changed = checkpoint_identity(copy)
-    assert changed is not None
-    assert changed.contents != one.contents
-    config = json.loads((int4 / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
-    assert checkpoint_identity(copy) != changed
-    assert checkpoint_identity(tmp_path) is None
-
-
-def test_a_file_of_the_hub_is_known_by_its_name(int4: Path, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    shutil.copy(int4 / "config.json", snapshot)
-    found = []
-    for content, name in ((b"one", "a" * 64), (b"two", "a" * 64), (b"two", "b" * 64)):
-        (blobs / name).write_bytes(content)
-        (snapshot / "model.safetensors").unlink(missing_ok=True)
-        (snapshot / "model.safetensors").symlink_to(blobs / name)
-        found.append(checkpoint_identity(snapshot))
-    assert found[0] == found[1]
-    assert found[1] is not None
-    assert found[2] is not None
-    assert found[1].contents != found[2].contents
-    assert found[1].times != found[2].times
 
 
 def test_a_host_store_on_the_way_to_a_gpu_is_kept_as_the_kernels_read_it(

@@ -301,6 +301,32 @@ def test_an_expert_parallel_rank_takes_its_own(start: Start, tmp_path: Path, mon
     assert (sorted(saved[:4]), saved[4:]) == ([10, 11, 12, 13], [15, 14])
 
 
+def test_a_model_that_has_to_be_downloaded_is_known_when_it_is_there(
+    start: Start, tmp_path: Path, qwen3_moe_bf16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = start(TOP_K)
+    path = tmp_path / "profile.json"
+    write(path, loaded, {NAMES[0]: [1, 2]})
+    config = SimpleNamespace(
+        parallel_config=loaded.config.parallel_config,
+        model_config=SimpleNamespace(
+            model=f"someone/{qwen3_moe_bf16.name}",
+            revision=None,
+            architectures=loaded.config.model_config.architectures,
+            get_total_num_hidden_layers=lambda: 2,
+            get_num_experts=lambda: NUM_EXPERTS,
+            get_num_experts_per_tok=lambda: TOP_K,
+        ),
+    )
+    monkeypatch.setattr("vllm_hlwq.expert_profile.model_folder", lambda *_: None)
+    waiting = warm_start.WarmStart(str(path), config, 0)
+    monkeypatch.setattr("vllm_hlwq.expert_profile.model_folder", lambda *_: qwen3_moe_bf16)
+    waiting.read()
+    waiting.start(loaded.worker._layers())
+    waiting.close()
+    assert waiting.seeded == {NAMES[0]: 2, NAMES[1]: 0}
+
+
 @pytest.mark.parametrize(
     ("rank", "tensor", "experts", "read", "saved"),
     [

@@ -29,6 +29,15 @@ class ExpertLoading:
         self.bars = bars
         self.records = records
 
+    def expect(self, nbytes: int, converted: bool, locked: bool, saved: bool) -> None:
+        """Announce the work on one layer's experts of ``nbytes``."""
+        if converted:
+            self.bars.expect("Converting", nbytes)
+        if locked:
+            self.bars.expect("Page-locking", nbytes)
+        if saved and self.records is not None:
+            self.bars.expect("Saving", nbytes)
+
     @property
     def all_restored(self) -> bool:
         """Whether the experts of every layer that has been built came from files."""

@@ -111,8 +111,11 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
         bar = tqdm(total=total, desc="decoding HLWQ", unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
         with bar:
             for group in export.groups:
-                # Experts of all layers are there already: they were decoded and converted at an earlier start.
-                if not (skip_experts and all(is_of_experts(tensor.name) for tensor in group.tensors)):
+                if skip_experts and all(is_of_experts(tensor.name) for tensor in group.tensors):
+                    # Decoded and converted at an earlier start; as in ``kept_loader``.
+                    for plan in group.tensors:
+                        yield plan.name, torch.empty(plan.shape, dtype=plan.dtype, device="meta")
+                else:
                     yield from export.tensors(group)
                 bar.update(group.bytes)
 

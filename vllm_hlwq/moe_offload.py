@@ -104,14 +104,27 @@ class OffloadedLayer:
                 )
         carried = {name: p for name, p in declared.items() if name in expert_format.carried}
         layout = RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
-        self._record_key = self._key_of_records(expert_format, layout)
+        parallel = self.moe_config.moe_parallel_config
+        self._record_key = {
+            "layer": self.layer_name,
+            "ranks": {"tp": [parallel.tp_rank, parallel.tp_size], "ep": [parallel.ep_rank, parallel.ep_size]},
+            "format": expert_format.name,
+            "backend": self._backend.name,
+            "loaded_fields": described(layout),
+        }
         device = torch.device(self.moe_config.device)
         records = self._loading.records
         self.store = None if records is None else records.restore(self._record_key, num_experts, device)
         self.restored = self.store is not None
         if self.store is None:
             self.store = HostStore(num_experts, layout, device)
-        self._expect_progress(self.store)
+        device_backend = self._backend if isinstance(self._backend, DeviceBackend) else None
+        self._loading.expect(
+            self.store.nbytes,
+            converted=device_backend is not None and not self.restored and device_backend.converts,
+            locked=device_backend is not None and self.options.slots < num_experts,
+            saved=not self.restored,
+        )
         shapes = {name: stored[name] for name in carried}
         self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes, self.stacked)
         for name, parameter in {} if self.restored else declared.items():
@@ -120,27 +133,6 @@ class OffloadedLayer:
             placed.__dict__.update(parameter.__dict__)
             placed.expert_field = name if name in carried else None  # type: ignore[attr-defined]
             setattr(self, name, placed)
-
-    def _key_of_records(self, expert_format: ExpertFormat, layout: RecordLayout) -> dict[str, Any]:
-        """What this layer's converted experts depend on beside engine and checkpoint, as JSON values."""
-        parallel = self.moe_config.moe_parallel_config
-        return {
-            "layer": self.layer_name,
-            "ranks": {"tp": [parallel.tp_rank, parallel.tp_size], "ep": [parallel.ep_rank, parallel.ep_size]},
-            "format": expert_format.name,
-            "backend": self._backend.name,
-            "loaded_fields": described(layout),
-        }
-
-    def _expect_progress(self, store: HostStore) -> None:
-        bars = self._loading.bars
-        if isinstance(self._backend, DeviceBackend):
-            if not self.restored and self._backend.converts:
-                bars.expect("Converting", store.nbytes)
-            if self.options.slots < store.num_experts:
-                bars.expect("Page-locking", store.nbytes)
-        if not self.restored and self._loading.records is not None:
-            bars.expect("Saving", store.nbytes)
 
     def weight_loader(
         self,

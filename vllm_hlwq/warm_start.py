@@ -48,10 +48,24 @@ class WarmStart:
         assert self.path is not None
         if not self.path.parent.is_dir():
             raise ExpertCacheError(f"{flag('profile')} {file}: folder {self.path.parent} does not exist; make it first")
-        self._model = ModelFingerprint.of(vllm_config.model_config)
-        self._profile = load_profile(self.path, self._model)
+        self._model_config = vllm_config.model_config
         self._saver: ProfileSaver | None = None
         self.seeded: dict[str, int] = {}
+        self._model: ModelFingerprint | None = None
+        self._profile: Profile | None = None
+        if Path(self._model_config.model).is_dir():
+            self.read()
+
+    def read(self) -> None:
+        """Read the profile, if that has not been done: of a model that vLLM downloads, when it is there.
+
+        Raises:
+            ExpertCacheError: the file is no profile of this model.
+        """
+        if self._model is None:
+            assert self.path is not None
+            self._model = ModelFingerprint.of(self._model_config)
+            self._profile = load_profile(self.path, self._model)
 
     def start(self, layers: Sequence[Any]) -> None:
         """Fill slots, which are empty, and begin to save; only enqueues on a device.
@@ -87,6 +101,7 @@ class WarmStart:
             self._saver = ProfileSaver(self._own_path, reader, numbers, worth, self._new_profile)
 
     def _new_profile(self, layers: dict[str, list[int]]) -> Profile:
+        assert self._model is not None
         return Profile(vllm=version("vllm"), model=self._model, layers=layers)
 
     def save(self) -> str | None:

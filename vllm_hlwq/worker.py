@@ -7,6 +7,7 @@ caches, and answers questions about counters. With a trace, it drives the record
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .auto_size import settle_cache_size
@@ -16,6 +17,7 @@ from .errors import ExpertCacheError
 from .expert_loading import loading
 from .gpt_oss_layer import OffloadedGptOssRoutedExperts
 from .host_expert_cache import HostExpertCache
+from .kept_loader import keeping_experts
 from .memory_check import Device, check_memory
 from .metrics import Layer
 from .metrics_publisher import MetricsPublisher, start_publisher
@@ -72,8 +74,10 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         if options.profile is not None:
             self.warm_start = WarmStart(options.profile, self.vllm_config, self.rank)
         install_layers()
-        with loading(self.vllm_config, options):
+        with loading(self.vllm_config, options), self._loader(options):
             super().load_model(**arguments)
+        if self.warm_start is not None:
+            self.warm_start.read()
         caches = self._caches()
         if not caches:
             raise ExpertCacheError(
@@ -84,6 +88,12 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         self._counter_block = CounterBlock([cache.table for cache in caches.values()])
         if trace is not None:
             self.trace_recorder = make_recorder(self._layers(), self.vllm_config, self.rank, trace)
+
+    def _loader(self, options: ExpertCacheOptions) -> AbstractContextManager[None]:
+        """vLLM's own choice of a loader, or ours where experts may come from files of an earlier start."""
+        if options.store_cache is None:
+            return nullcontext()
+        return keeping_experts(self.vllm_config.load_config)
 
     def _settle_cache_size(self) -> None:
         """Put a number in the place of ``auto``, in this worker's configuration: what is built from now on reads it."""
