@@ -346,6 +346,43 @@ def routing_traces(result: dict[str, Any]) -> str:
     )
 
 
+def warm_start(result: dict[str, Any]) -> str:
+    rows = "".join(
+        f"| {row['slots']} of {result['experts']} | {row['cold']['hit_rate']:.1%} | {row['warm']['hit_rate']:.1%} "
+        f"| {row['cold']['h2d_bytes'] / 1e6:.1f} | {row['warm']['h2d_bytes'] / 1e6:.1f} |\n"
+        for row in result["rows"]
+    )
+    return (
+        f"Hits among the experts that a new server needed for its first {result['tokens']} tokens, over "
+        f"{result['requests']} servers each, whose first requests were not among those that the profile's server had "
+        f"answered (the tiny model: {result['experts']} experts, {result['top_k']} a token). Answers were the same:\n\n"
+        "| slots | slots empty | from a profile | MB copied, slots empty | from a profile |\n|---|---|---|---|---|\n"
+        f"{rows}\n({machine(result['environment'])}; made by `benchmarks/warm_start.py`.)\n"
+    )
+
+
+def start_up(result: dict[str, Any]) -> str:
+    def row(what: str, key: str, scale: float = MIB, form: str = ",.0f") -> str:
+        return f"| {what} | {result['first'][key] / scale:{form}} | {result['second'][key] / scale:{form}} |\n"
+
+    of = f"of {result['first']['checkpoint_experts_bytes'] / MIB:,.0f}"
+    others = f"of {result['first']['checkpoint_others_bytes'] / MIB:,.0f}"
+    return (
+        f"A random checkpoint in the shape of {result['shape']} with {result['layers']} layers, on the reference "
+        "backend. Nothing was in the page cache before; read is what was in it afterwards, with what the kernel reads "
+        "ahead:\n\n"
+        "| | first start | second start |\n|---|---|---|\n"
+        + row("layers from files", "layers_restored", 1)
+        + row(f"MiB of experts read from the checkpoint, {of}", "checkpoint_experts_read")
+        + row(f"MiB of other weights read from it, {others}", "checkpoint_others_read")
+        + row("MiB read from the kept files", "kept_bytes_read")
+        + row("seconds for that, checksums included", "kept_seconds", 1, ".1f")
+        + row("seconds of vLLM's loading from the checkpoint", "loading_seconds", 1, ".1f")
+        + f"\n({machine(result['environment'])}; made by `benchmarks/start_up.py`. The reference backend converts "
+        "nothing, so the time that conversion takes on a GPU is not in it.)\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
@@ -357,6 +394,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sizing": sizing,
     "kv_cache": kv_cache,
     "routing_traces": routing_traces,
+    "warm_start": warm_start,
+    "start_up": start_up,
 }
 
 

@@ -139,6 +139,11 @@ def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, hf_models.
 @pytest.fixture
 def log() -> Iterator[list[str]]:
     """Lines that the expert cache writes to the log; vLLM's loggers do not reach pytest's."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+
+    # Else the first engine of the process would, and take the handler away.
+    configure_logging_if_needed(LoggingConfig())
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

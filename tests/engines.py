@@ -22,13 +22,19 @@ def rendezvous() -> str:
 
 
 def engine_config(
-    model: Path, cache_size: int | str, staging_size: int | None = None, trace: Path | None = None, **engine_args: Any
+    model: Path,
+    cache_size: int | str,
+    staging_size: int | None = None,
+    trace: Path | None = None,
+    profile: Path | None = None,
+    store_cache: Path | None = None,
+    **engine_args: Any,
 ) -> Any:
     """vLLM's finished configuration, as ``LLM(model, additional_config=...)`` would make it."""
     arguments = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 512, **engine_args}
     options: dict[str, Any] = {"moe_expert_cache_size": cache_size, "moe_expert_staging_size": staging_size}
-    if trace is not None:
-        options["moe_expert_trace"] = str(trace)
+    files = {"trace": trace, "profile": profile, "store_cache": store_cache}
+    options |= {f"moe_expert_{name}": str(path) for name, path in files.items() if path is not None}
     return EngineArgs(model=str(model), additional_config=options, **arguments).create_engine_config()
 
 

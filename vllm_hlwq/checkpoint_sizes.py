@@ -117,7 +117,7 @@ def model_sizes(tensors: Mapping[str, Tensor], facts: ModelFacts) -> ModelSizes:
         UnknownSizes: there are no experts, or not in a format whose size on the GPU is known.
     """
     loaded = {name: tensor for name, tensor in tensors.items() if _is_loaded(name, facts)}
-    experts = {name: tensor for name, tensor in loaded.items() if _OF_EXPERTS.search(name)}
+    experts = {name: tensor for name, tensor in loaded.items() if is_of_experts(name)}
     dense = {name: tensor for name, tensor in loaded.items() if name not in experts}
     return ModelSizes(
         tuple(_expert_shapes(experts, facts.num_experts)),
@@ -125,6 +125,11 @@ def model_sizes(tensors: Mapping[str, Tensor], facts: ModelFacts) -> ModelSizes:
         tuple(_kv_layers(dense, facts)),
         _row_elements(dense),
     )
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a tensor is part of a layer's experts, the routed ones."""
+    return _OF_EXPERTS.search(name) is not None
 
 
 def _row_elements(dense: Mapping[str, Tensor]) -> int:

@@ -27,6 +27,16 @@ def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
             f"{flag('kv_floor_seqs')} {options.kv_floor_seqs} has no meaning beside --kv-cache-memory-bytes "
             f"{vllm_config.cache_config.kv_cache_memory_bytes}, which sizes the KV cache: remove one of them"
         )
+    if options.profile is not None and options.trace is not None:
+        raise ExpertCacheError(
+            f"{flag('trace')} {options.trace} begins with empty slots, {flag('profile')} {options.profile} fills them: "
+            "remove one of them"
+        )
+    if options.store_cache is not None and vllm_config.load_config.load_format == "dummy":
+        raise ExpertCacheError(
+            f"{flag('store_cache')} {options.store_cache}: --load-format dummy makes weights up, which are not to be "
+            "kept: remove one of them"
+        )
     check_checkpoint_files(vllm_config.model_config.model)
 
 

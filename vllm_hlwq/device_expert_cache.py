@@ -214,6 +214,14 @@ class DeviceExpertCache:
             if next_layer is not None and wave == max(0, staged_waves + 1 - ahead):
                 staging.prefetch(next_layer, bank(staged_waves + 1))
 
+    def admit(self, expert: int) -> None:
+        """Enqueue what brings one expert into a slot as a step that needs it would, and computes nothing."""
+        assert self.table is not None
+        ids = torch.full((1, self.table.top_k), -1, dtype=torch.int32, device=self.table.ids.device)
+        ids[:, :1].fill_(expert)
+        plan(self.table, ids)
+        self._load_slots(self._address, self.table.load_experts, self.table.load_slots, self.table.load_count)
+
     def reset(self) -> None:
         """Forget residency and counts: what warm-up loaded must leave no trace."""
         if self.table is not None:

@@ -7,7 +7,7 @@ stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,6 +18,7 @@ from .errors import ExpertCacheError
 from .host_store import HostStore, RecordLayout
 from .options import flag
 from .pinned_memory import logger
+from .progress_bars import SILENT, ProgressBars
 from .sizing import STAGING_BANKS, BankSizes
 from .staging import Staging
 from .weight_bank import WeightBank
@@ -27,21 +28,32 @@ CHUNK_BYTES = 64 * 2**20
 CONVERSION_FACTOR = 4
 """A conversion needs about this many times its raw bytes for a moment."""
 
+Keep = Callable[[HostStore], None]
+
+
+def is_ready(store: HostStore, backend: DeviceBackend) -> bool:
+    """Whether a store's records are what the kernels read."""
+    return store.converted or not backend.converts
+
 
 def converted_chunks(
-    raw: HostStore, backend: DeviceBackend, device: torch.device
+    raw: HostStore, backend: DeviceBackend, device: torch.device, bars: ProgressBars = SILENT
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """First expert and kernel-layout fields ``[chunk, ...]`` of each chunk of a layer, on the device."""
     step = max(1, CHUNK_BYTES // raw.layout.record_bytes)
     for start in range(0, raw.num_experts, step):
         # One copy of whole records, which needs no work of the processor.
         chunk = raw.layout.views(raw.records[start : start + step].to(device))
+        if is_ready(raw, backend):
+            yield start, chunk
+            continue
         yield start, backend.convert({name: field.contiguous() for name, field in chunk.items()})
+        bars.advance("Converting", len(raw.records[start : start + step]) * raw.layout.record_bytes)
 
 
 def kernel_layout(raw: HostStore, backend: DeviceBackend, device: torch.device) -> RecordLayout:
     """Layout of a converted expert, found by converting one."""
-    if not backend.converts:
+    if is_ready(raw, backend):
         return raw.layout
     one = backend.convert({name: raw.field(name)[:1].to(device) for name in raw.layout})
     return RecordLayout({name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in one.items()})
@@ -53,6 +65,8 @@ def convert_store(
     backend: DeviceBackend,
     device: torch.device,
     runtime: PageLocker | None = None,
+    bars: ProgressBars = SILENT,
+    lock: bool = True,
 ) -> HostStore:
     """A layer's experts in the kernels' layout, in page-locked memory: where they were loaded, if they fit there.
 
@@ -62,17 +76,21 @@ def convert_store(
         backend: converts.
         device: where it converts.
         runtime: page-locks; by default the CUDA runtime of this process.
+        bars: where the work shows.
+        lock: whether to page-lock.
 
     Raises:
         ExpertCacheError: the memory cannot be mapped or page-locked.
     """
-    if not backend.converts:
-        raw.page_lock(runtime)
-        return raw
-    in_place = layout.record_bytes == raw.layout.record_bytes
+    ready = is_ready(raw, backend)
+    in_place = ready or layout.record_bytes == raw.layout.record_bytes
     store = raw if in_place else HostStore(raw.num_experts, layout, device)
-    store.page_lock(runtime)
-    for start, fields in converted_chunks(raw, backend, device):
+    if lock:
+        store.page_lock(runtime)
+        bars.advance("Page-locking", store.nbytes)
+    if ready:
+        return raw
+    for start, fields in converted_chunks(raw, backend, device, bars):
         count = len(next(iter(fields.values())))
         records = torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
         for name, part in layout.views(records).items():
@@ -80,13 +98,16 @@ def convert_store(
         store.records[start : start + count].copy_(records)
     if in_place:
         store.relabel(layout)
+    store.converted = True
     return store
 
 
-def resident_bank(raw: HostStore, layout: RecordLayout, backend: DeviceBackend, device: torch.device) -> WeightBank:
+def resident_bank(
+    raw: HostStore, layout: RecordLayout, backend: DeviceBackend, device: torch.device, bars: ProgressBars = SILENT
+) -> WeightBank:
     """All experts of a layer on the device, in the kernels' layout."""
     bank = WeightBank.allocate(raw.num_experts, layout, device)
-    for start, fields in converted_chunks(raw, backend, device):
+    for start, fields in converted_chunks(raw, backend, device, bars):
         for name, tensor in fields.items():
             bank.fields[name][start : start + len(tensor)] = tensor
     return bank
@@ -102,6 +123,8 @@ def load_cache(
     staging_size: int | None,
     others: list[DeviceExpertCache],
     device: torch.device,
+    bars: ProgressBars = SILENT,
+    keep: Keep | None = None,
 ) -> DeviceExpertCache:
     """Make a layer's cache out of its loaded experts.
 
@@ -115,6 +138,8 @@ def load_cache(
         staging_size: experts of a staging bank; None for the default.
         others: caches of this engine's layers that are made already; one of the same layout lends its staging.
         device: where the banks go.
+        bars: where the work shows.
+        keep: called with the layer's experts in the kernels' layout, to be kept for another start.
 
     Raises:
         ExpertCacheError: the device has no room for the banks, or the host none for the experts.
@@ -133,7 +158,7 @@ def load_cache(
         rows = sizes.staging_rows(num_slots, layout.record_bytes)
         # Else banks would be put into the larger blocks that the conversion has left, whose rest no one could use.
         torch.cuda.empty_cache()
-        store, bank, staging = _load_banks(raw, layout, backend, num_slots, rows, others, device)
+        store, bank, staging = _load_banks(raw, layout, backend, num_slots, rows, others, device, bars, keep)
         return DeviceExpertCache(store, bank, staging, backend, raw.num_experts, top_k, max_tokens)
     except torch.cuda.OutOfMemoryError as error:
         logger.debug("Expert cache: %s", str(error))
@@ -151,15 +176,23 @@ def _load_banks(
     staging_rows: int,
     others: list[DeviceExpertCache],
     device: torch.device,
+    bars: ProgressBars,
+    keep: Keep | None,
 ) -> tuple[HostStore | None, WeightBank, Staging | None]:
     """Host store, slots and staging of a layer; only slots, with all experts in them, if there is one for each."""
     if num_slots == raw.num_experts:
-        return None, resident_bank(raw, layout, backend, device), None
+        if keep is not None:
+            raw = convert_store(raw, layout, backend, device, bars=bars, lock=False)
+            keep(raw)
+        return None, resident_bank(raw, layout, backend, device, bars), None
     staging = next((o.staging_bank for o in others if o.staging_bank and o.layout_key == layout.key()), None)
     if staging is None:
         staging = Staging.allocate(staging_rows, STAGING_BANKS, layout, device)
     bank = WeightBank.allocate(num_slots, layout, device)
-    return convert_store(raw, layout, backend, device), bank, staging
+    store = convert_store(raw, layout, backend, device, bars=bars)
+    if keep is not None:
+        keep(store)
+    return store, bank, staging
 
 
 def conversion_bytes(raw: HostStore) -> int:

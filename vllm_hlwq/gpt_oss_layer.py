@@ -24,11 +24,13 @@ class OffloadedGptOssRoutedExperts(OffloadedLayer, borrow("GptOssRoutedExperts")
 
     def adopt_parameters(self, num_experts: int, expert_format: ExpertFormat, stored: Shapes) -> None:
         super().adopt_parameters(num_experts, expert_format, stored)
+        if self.restored:
+            return
         for first_values in self._first_values().values():
             first_values.fill_(torch.nan)
 
     def finish_loading(self, quant_config: Any) -> Any:
-        for name, first_values in self._first_values().items():
+        for name, first_values in {} if self.restored else self._first_values().items():
             for expert in torch.nonzero(~first_values.isnan()).flatten().tolist():
                 self.loaded.note(name, WHOLE, expert)
         return super().finish_loading(quant_config)

@@ -19,8 +19,10 @@ from .checkpoint.dequantize import SixteenBitExport
 from .checkpoint.export import Int4Export
 from .checkpoint.export_plan import has_experts
 from .checkpoint.reader import HlwqSource
+from .checkpoint_sizes import is_of_experts
 from .codec import CodebookName
 from .errors import CheckpointError
+from .expert_loading import current_loading
 from .hlwq_engine import loader_options
 from .vllm_compat import borrow
 
@@ -104,11 +106,17 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
 
     def _tensors(self, folder: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
         export = open_export(folder, self.options, device)
+        skip_experts = current_loading().all_restored
         total = sum(group.bytes for group in export.groups)
         bar = tqdm(total=total, desc="decoding HLWQ", unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
         with bar:
             for group in export.groups:
-                yield from export.tensors(group)
+                if skip_experts and all(is_of_experts(tensor.name) for tensor in group.tensors):
+                    # Decoded and converted at an earlier start; as in ``kept_loader``.
+                    for plan in group.tensors:
+                        yield plan.name, torch.empty(plan.shape, dtype=plan.dtype, device="meta")
+                else:
+                    yield from export.tensors(group)
                 bar.update(group.bytes)
 
     def download_model(self, model_config: Any) -> None:

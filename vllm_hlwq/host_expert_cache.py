@@ -107,6 +107,13 @@ class HostExpertCache:
             self.staging_bank.load(self.store, experts, rows)
             yield Wave(self.staging_bank, experts, rows)
 
+    def admit(self, expert: int) -> None:
+        """Bring one expert into a slot as a step that needs it would, and compute nothing."""
+        assert self.table is not None
+        assert self.store is not None
+        plan = self.table.plan_step(torch.tensor([expert]))
+        self.slot_bank.load(self.store, plan.load_experts, plan.load_slots)
+
     def reset(self) -> None:
         """Forget residency and counts: what warm-up loaded must leave no trace."""
         if self.table is not None:

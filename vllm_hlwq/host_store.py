@@ -81,7 +81,10 @@ class HostStore:
 
     Attributes:
         records: uint8 ``[num_experts, record_bytes]``.
+        converted: whether the records are what the kernels read, and need no conversion though the format has one.
     """
+
+    converted = False
 
     def __init__(self, num_experts: int, layout: RecordLayout, device: torch.device | None = None) -> None:
         """Map ``num_experts * layout.record_bytes`` bytes.
@@ -111,6 +114,11 @@ class HostStore:
     def address(self) -> int:
         """Address of the first record on the host."""
         return self._region.address
+
+    @property
+    def memory(self) -> memoryview:
+        """All records as bytes."""
+        return memoryview(self._region.buffer)
 
     def field(self, name: str) -> torch.Tensor:
         """View of one field of all experts, ``[num_experts, *shape]``; the expert dimension is strided."""

@@ -52,12 +52,14 @@ class Layer:
         slots: experts that it keeps on the device.
         record_bytes: bytes of one expert on this rank.
         all_resident: whether the slots hold all experts, so that nothing is ever counted.
+        seeded: slots that were filled before anything was counted.
     """
 
     name: str
     slots: int
     record_bytes: int
     all_resident: bool
+    seeded: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,6 @@ def _layer_values(layer: Layer, counts: dict[str, int], rank: Rank, usage_of: in
     for metric, counter in _COUNTED_EXPERTS.items():
         yield metric, counts[counter]
     # An admitted expert fills a slot, and takes it from another only if that is evicted.
-    used = layer.slots if layer.all_resident else counts["admitted"] - counts["evictions"]
+    used = layer.slots if layer.all_resident else layer.seeded + counts["admitted"] - counts["evictions"]
     yield SLOTS, layer.slots
     yield USAGE, used / usage_of

@@ -5,6 +5,7 @@ A layer's cache then runs the steps: ``DeviceExpertCache`` with a backend on CUD
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from .device_expert_cache import DeviceExpertCache
 from .device_loading import load_cache
 from .errors import ExpertCacheError
 from .expert_formats import ExpertFormat
+from .expert_loading import current_loading
 from .host_expert_cache import HostExpertCache
 from .host_store import HostStore, RecordLayout
 from .loaded_experts import WHOLE, LoadedExperts, Shapes
 from .options import ExpertCacheOptions, config_key
 from .quant_config import make_quant_method
+from .record_files import described
 from .sizing import BankSizes
 from .vllm_compat import borrow
 from .weight_bank import WeightBank
@@ -37,6 +40,8 @@ class OffloadedLayer:
     """Whether checkpoint and loader know only gate and up together, and mostly all experts at once."""
     expert_cache: HostExpertCache | DeviceExpertCache | None = None
     store: HostStore | None = None
+    restored = False
+    """Whether the experts came from files of an earlier start, so that nothing is taken from the checkpoint."""
     layer_name: str
     moe_config: Any
     top_k: int
@@ -48,6 +53,7 @@ class OffloadedLayer:
         self.options = ExpertCacheOptions.from_additional_config(vllm_config.additional_config)
         if self.options.cache_size == 0:
             return super()._get_quant_method(prefix, quant_config, moe_config)  # type: ignore[misc]
+        self._loading = current_loading()
         self._engine_layers = vllm_config.compilation_config.static_forward_context
         self._expects_all_weights = vllm_config.load_config.load_format != "dummy"
         self._check_shape(prefix, moe_config)
@@ -73,6 +79,8 @@ class OffloadedLayer:
     def adopt_parameters(self, num_experts: int, expert_format: ExpertFormat, stored: Shapes) -> None:
         """Replace the declared (memory-less) parameters by views into a new host store.
 
+        They are left as they are if the experts come from an earlier start's files.
+
         Args:
             num_experts: experts on this rank.
             expert_format: of the experts.
@@ -96,10 +104,30 @@ class OffloadedLayer:
                 )
         carried = {name: p for name, p in declared.items() if name in expert_format.carried}
         layout = RecordLayout({n: (tuple(p.shape[1:]), p.dtype) for n, p in carried.items()})
-        self.store = HostStore(num_experts, layout, torch.device(self.moe_config.device))
+        parallel = self.moe_config.moe_parallel_config
+        self._record_key = {
+            "layer": self.layer_name,
+            "ranks": {"tp": [parallel.tp_rank, parallel.tp_size], "ep": [parallel.ep_rank, parallel.ep_size]},
+            "format": expert_format.name,
+            "backend": self._backend.name,
+            "loaded_fields": described(layout),
+        }
+        device = torch.device(self.moe_config.device)
+        records = self._loading.records
+        self.store = None if records is None else records.restore(self._record_key, num_experts, device)
+        self.restored = self.store is not None
+        if self.store is None:
+            self.store = HostStore(num_experts, layout, device)
+        device_backend = self._backend if isinstance(self._backend, DeviceBackend) else None
+        self._loading.expect(
+            self.store.nbytes,
+            converted=device_backend is not None and not self.restored and device_backend.converts,
+            locked=device_backend is not None and self.options.slots < num_experts,
+            saved=not self.restored,
+        )
         shapes = {name: stored[name] for name in carried}
         self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes, self.stacked)
-        for name, parameter in declared.items():
+        for name, parameter in {} if self.restored else declared.items():
             spare = torch.ones_like(parameter, device="cpu")  # vLLM's loader takes another scale than 1 for loaded
             placed = torch.nn.Parameter(self.store.field(name) if name in carried else spare, requires_grad=False)
             placed.__dict__.update(parameter.__dict__)
@@ -116,6 +144,8 @@ class OffloadedLayer:
         return_success: bool = False,
     ) -> bool | None:
         """Load as vLLM does, but refuse what does not fill its place, and note what came."""
+        if self.restored:
+            return True if return_success else None
         field = getattr(param, "expert_field", None)
         whole_layer = expert_id is None or (not self.stacked and loaded_weight.ndim == 3)
         part = WHOLE if self.stacked or shard_id is None else shard_id
@@ -151,12 +181,14 @@ class OffloadedLayer:
             vLLM's kernel frame around ``CachedExperts``.
         """
         assert self.store is not None
-        if self._expects_all_weights:
+        if self._expects_all_weights and not self.restored:
             self.loaded.check_complete()
         device = torch.device(self.moe_config.device)
         for name in [name for name, _ in self.named_parameters(recurse=False)]:
             delattr(self, name)
         store, self.store = self.store, None
+        records = None if self.restored else self._loading.records
+        keep = None if records is None else partial(records.keep, self._record_key)
         prepare = borrow("maybe_make_prepare_finalize")(
             moe=self.moe_config, quant_config=quant_config, allow_new_interface=True, use_monolithic=False
         )
@@ -167,10 +199,12 @@ class OffloadedLayer:
             others = [layer.expert_cache for layer in layers if isinstance(layer.expert_cache, DeviceExpertCache)]
             self.expert_cache = load_cache(
                 store, self._backend, self.options.slots, len(layers), self.top_k, self._max_tokens,
-                self.options.staging_size, others, device,
+                self.options.staging_size, others, device, self._loading.bars, keep,
             )  # fmt: skip
             experts = DeviceCachedExperts(self.moe_config, quant_config, self.expert_cache)
         else:
+            if keep is not None:
+                keep(store)
             staging = self._staging_bank(store, device)
             self.expert_cache = HostExpertCache(store, self.options.slots, staging, self._backend, device)
             experts = HostCachedExperts(self.moe_config, quant_config, self.layer_name)

@@ -60,6 +60,22 @@ class ExpertCacheOptions(BaseModel):
         json_schema_extra={"metavar": "FILE"},
     )
 
+    profile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File that says which experts the slots held: they are filled from it at start-up, if it is there, "
+        "and it is saved while the server runs and at shutdown.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+
+    store_cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder for converted experts: the next start with the same checkpoint, vLLM and layout reads them "
+        "and converts nothing.",
+        json_schema_extra={"metavar": "DIR"},
+    )
+
     @property
     def slots(self) -> int:
         """The cache size where it is known to be a number: in a worker, before its model is built, and from then on.
@@ -124,8 +140,8 @@ def _first_problem(error: ValidationError) -> str:
         return f"{name} is no option of the expert cache; known options: {known}"
     if problem["type"] == "bool_type":
         return f"{name}={value!r}: must be true or false"
-    if field == "trace":
-        return f"{name}={value!r}: must be the path of a file"
+    if field in ("trace", "profile", "store_cache"):
+        return f"{name}={value!r}: must be the path of a {'folder' if field == 'store_cache' else 'file'}"
     return f"{name}={value!r}: must be {domain(field)}"
 
 

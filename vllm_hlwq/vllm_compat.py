@@ -161,7 +161,12 @@ BORROWED: dict[str, Borrowed] = {
         "vllm.model_executor.model_loader.default_loader",
         "DefaultModelLoader",
         "loads what its iterator of tensors gives, from files or as they are made",
-        ("get_all_weights", "download_model"),
+        ("get_all_weights", "download_model", "load_weights", "_get_weights_iterator", "_prepare_weights"),
+    ),
+    "enable_tqdm": Borrowed(
+        "vllm.model_executor.model_loader.weight_utils",
+        "enable_tqdm",
+        "tells whether this rank shows the progress of loading",
     ),
     "AutoAWQConfig": Borrowed(f"{_QUANTIZATION}.auto_awq", "AutoAWQConfig", "recognises AWQ checkpoints"),
     "AutoAWQMoEMethod": Borrowed(

@@ -7,21 +7,26 @@ caches, and answers questions about counters. With a trace, it drives the record
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .auto_size import settle_cache_size
 from .counter_block import CounterBlock
 from .device_expert_cache import DeviceExpertCache
 from .errors import ExpertCacheError
+from .expert_loading import loading
 from .gpt_oss_layer import OffloadedGptOssRoutedExperts
 from .host_expert_cache import HostExpertCache
+from .kept_loader import keeping_experts
 from .memory_check import Device, check_memory
 from .metrics import Layer
 from .metrics_publisher import MetricsPublisher, start_publisher
 from .moe_offload import OffloadedLayer, OffloadedRoutedExperts, cached_layers
 from .options import AUTO, ExpertCacheOptions
+from .record_cache import check_folder
 from .trace_recorder import TraceRecorder, check_trace_file, make_recorder
 from .vllm_compat import borrow
+from .warm_start import WarmStart
 
 logger = borrow("init_logger")("vllm.expert_cache")
 
@@ -55,15 +60,24 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
 
     _publisher: MetricsPublisher | None = None
     trace_recorder: TraceRecorder | None = None
+    warm_start: WarmStart | None = None
 
     def load_model(self, **arguments: Any) -> None:
         self._settle_cache_size()
         self._check_memory()
-        trace = self._options().trace
+        options = self._options()
+        trace = options.trace
         if trace is not None:
             check_trace_file(trace, self.rank, self.vllm_config.parallel_config)
+        if options.store_cache is not None:
+            check_folder(options.store_cache)
+        if options.profile is not None:
+            self.warm_start = WarmStart(options.profile, self.vllm_config, self.rank)
         install_layers()
-        super().load_model(**arguments)
+        with loading(self.vllm_config, options), self._loader(options):
+            super().load_model(**arguments)
+        if self.warm_start is not None:
+            self.warm_start.read()
         caches = self._caches()
         if not caches:
             raise ExpertCacheError(
@@ -74,6 +88,12 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         self._counter_block = CounterBlock([cache.table for cache in caches.values()])
         if trace is not None:
             self.trace_recorder = make_recorder(self._layers(), self.vllm_config, self.rank, trace)
+
+    def _loader(self, options: ExpertCacheOptions) -> AbstractContextManager[None]:
+        """vLLM's own choice of a loader, or ours where experts may come from files of an earlier start."""
+        if options.store_cache is None:
+            return nullcontext()
+        return keeping_experts(self.vllm_config.load_config)
 
     def _settle_cache_size(self) -> None:
         """Put a number in the place of ``auto``, in this worker's configuration: what is built from now on reads it."""
@@ -97,6 +117,8 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         result = super().compile_or_warm_up_model()
         for cache in self._caches().values():
             cache.reset()
+        if self.warm_start is not None:
+            self.warm_start.start(self._layers())
         self._publish_metrics()
         if self.trace_recorder is not None:
             self.trace_recorder.start()
@@ -109,8 +131,9 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         return result
 
     def _publish_metrics(self) -> None:
+        seeded = {} if self.warm_start is None else self.warm_start.seeded
         layers = [
-            Layer(name, cache.num_slots, cache.record_bytes, all_resident=cache.table is None)
+            Layer(name, cache.num_slots, cache.record_bytes, cache.table is None, seeded.get(name, 0))
             for name, cache in self._caches().items()
         ]
         self._publisher = start_publisher(
@@ -135,12 +158,18 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         """Write the trace with all steps so far and return its path; reachable through vLLM's ``collective_rpc``."""
         return None if self.trace_recorder is None else self.trace_recorder.save()
 
+    def save_expert_profile(self) -> str | None:
+        """Save the profile of the slots now and return its path; reachable through vLLM's ``collective_rpc``."""
+        return None if self.warm_start is None else self.warm_start.save()
+
     def shutdown(self) -> None:
         if self._publisher is not None:
             self._publisher.stop()
         try:
             if self.trace_recorder is not None:
                 self.trace_recorder.close()
+            if self.warm_start is not None:
+                self.warm_start.close()
             self._log_counters()
         finally:  # also when the model was refused because a layer is not ours
             super().shutdown()

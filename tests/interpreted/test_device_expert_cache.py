@@ -15,6 +15,7 @@ from vllm_hlwq.device_expert_cache import DeviceExpertCache
 from vllm_hlwq.expert_cache import SlotTable
 from vllm_hlwq.host_store import HostStore, RecordLayout
 from vllm_hlwq.staging import Staging
+from vllm_hlwq.warm_start import seed
 from vllm_hlwq.wave_blocks import Alignment
 from vllm_hlwq.weight_bank import WeightBank
 
@@ -107,6 +108,31 @@ def run_and_check(
 
 def distinct_ids(tokens: int, experts: int = EXPERTS) -> torch.Tensor:
     return torch.stack([torch.randperm(experts)[:TOP_K] for _ in range(tokens)]).int()
+
+
+@pytest.mark.parametrize("given", [[], [7], [7, 2, 5, 0], [7, 2, 5, 0, 11, 1, 3]])
+def test_a_warm_start_leaves_what_serving_would(given: list[int]) -> None:
+    torch.manual_seed(0)
+    slots = 5
+    cache, mirror = make_cache(slots), SlotTable(EXPERTS, slots, EXPERTS - slots)
+    assert seed(cache, given) == min(slots, len(given))
+    for expert in reversed(given[:slots]):
+        mirror.plan_step(torch.tensor([expert]))
+    assert not any(cache.counts().values())
+    mirror.counters.zero_()
+    for step in range(6):
+        held = [expert for expert in cache.table.expert_of_slot.tolist() if expert >= 0]
+        assert step or held == given[:slots][::-1]
+        for name in ("expert_of_slot", "slot_of_expert", "stamp_of_slot", "clock", "counters"):
+            assert torch.equal(getattr(cache.table, name), getattr(mirror, name)), name
+        by_age = torch.argsort(mirror.stamp_of_slot, stable=True)
+        assert torch.equal(cache.table.slot_by_age.long(), by_age)
+        for slot, expert in enumerate(cache.table.expert_of_slot.tolist()):
+            for name, field in cache.slot_bank.fields.items():
+                assert expert < 0 or torch.equal(field[slot], cache.store.field(name)[expert])
+        ids = distinct_ids(1)
+        run_and_check(cache, ids)
+        mirror.plan_step(ids)
 
 
 @pytest.mark.parametrize("num_slots", [3, 6, 11])
