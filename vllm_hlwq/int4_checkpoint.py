@@ -10,6 +10,8 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from . import int4_cpu
+
 State = dict[str, torch.Tensor]
 SCALE_FRACTIONS = tuple(1 - 0.03 * step for step in range(14))
 """Of the scale that the largest weight asks for; smaller ones clip it and serve the others better."""
@@ -36,6 +38,12 @@ def search_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[out, groups]``: candidates are rounded to the stored dtype before they are judged.
     """
+    if groups.device.type == "cpu":
+        fractions = torch.tensor(SCALE_FRACTIONS)
+        candidates = (scale.float().view(-1, 1) * fractions).to(scale.dtype)
+        flat = groups.reshape(-1, groups.shape[-1])
+        best = int4_cpu.search_scale(flat, candidates.float(), torch.get_num_threads())
+        return candidates.gather(1, best.unsqueeze(1)).view(scale.shape)
     best = scale
     least = torch.full(scale.shape, float("inf"), device=scale.device)
     for fraction in SCALE_FRACTIONS:
@@ -69,6 +77,13 @@ def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs, search: b
     scale = torch.where(scale == 0, 1.0, scale)
     if search and arguments.symmetric:
         scale = search_scale(groups, scale)
+    if weight.device.type == "cpu" and arguments.symmetric:
+        flat, scales = groups.reshape(-1, size), scale.float().reshape(-1)
+        return {
+            "weight_packed": int4_cpu.pack_codes(flat, scales, torch.get_num_threads()).view(weight.shape[0], -1),
+            "weight_scale": scale.contiguous(),
+            "weight_shape": torch.tensor(weight.shape),
+        }
     state = {
         "weight": weight.float(),
         "weight_scale": scale,

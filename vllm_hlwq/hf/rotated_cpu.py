@@ -7,10 +7,8 @@ rounded once, in a table; its codes then are look-ups in it.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ from numba import njit
 from torch.nn import functional
 
 from ..codec.scratch import Scratch
+from ..cpu_threads import for_ranges
 from . import avx512
 from .coded_weight import norm_values, rotate
 
@@ -94,14 +93,6 @@ class _OwnMemory(threading.local):
 _own = _OwnMemory()
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "hlwq")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
-
-
 def _decoders() -> int:
     """Threads to decode on. Torch's own spin for a while after each of its operations, in wait of the next, so more
     than half of the cores are not to be had; two threads decode no faster than one beside one that spins."""
@@ -123,15 +114,10 @@ def rotated_linear(
         stop = min(count, start + step)
         weight = _own.scratch.take("weight", (stop - start, width), direct)
 
-        def decode_rows(low: int, start: int = start, stop: int = stop, weight: torch.Tensor = weight) -> None:
-            high = min(stop, low + own)
-            into = weight[low - start : high - start]
-            decode_rotated(packed[low:high], scales[low:high], levels, layout.block_size, into)
+        def decode_rows(low: int, high: int, start: int = start, weight: torch.Tensor = weight) -> None:
+            rows = slice(start + low, start + high)
+            decode_rotated(packed[rows], scales[rows], levels, layout.block_size, weight[low:high])
 
-        starts = range(start, stop, own)
-        if len(starts) == 1:
-            decode_rows(start)
-        else:
-            list(_pool(_decoders()).map(decode_rows, starts))
+        for_ranges(decode_rows, stop - start, own, _decoders())
         out[:, start:stop] = functional.linear(rotated, weight.to(dtype))
     return out
