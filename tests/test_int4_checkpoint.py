@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationScheme
 
-from vllm_hlwq import int4_cpu
+from vllm_hlwq import int4_checkpoint, int4_cpu
 from vllm_hlwq.int4_checkpoint import SCALE_FRACTIONS, dequantize_weight, int4_arguments, quantize_weight
 
 
@@ -74,14 +74,21 @@ def test_codes_are_those_of_the_library(search: bool, group_size: int | None, dt
         assert torch.equal(found[name], tensor), name
 
 
+def test_threads_and_ranges_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = quantize_weight(weight, int4_arguments(32, True), True)
+    monkeypatch.setattr(int4_checkpoint, "ROWS_WEIGHTS", 24 * 64)
+    for name, tensor in quantize_weight(weight, int4_arguments(32, True), True).items():
+        assert torch.equal(tensor, whole[name])
+
+
 @pytest.mark.parametrize("size", [32, 64, 300])
-def test_the_scale_that_is_found_has_the_least_error(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In double precision, of scales rounded to BF16; on several threads and in several ranges."""
-    monkeypatch.setattr(int4_cpu, "ROWS_WEIGHTS", 7 * size)
+def test_the_scale_that_is_found_has_the_least_error(size: int) -> None:
+    """In double precision, of scales rounded to BF16."""
     groups = torch.randn(100, size, generator=torch.Generator().manual_seed(size))
     largest = groups.abs().amax(-1, keepdim=True) / 7.5
     candidates = (largest * torch.tensor(SCALE_FRACTIONS)).bfloat16().float()
-    best = int4_cpu.search_scale(groups, candidates, 2)
+    best = int4_cpu.search_scale(groups, candidates)
     wide = candidates.double().unsqueeze(1)
     codes = (groups.unsqueeze(2) / candidates.unsqueeze(1)).round().clamp(-8, 7).double()
     errors = (codes * wide - groups.double().unsqueeze(2)).square().sum(1)
@@ -92,4 +99,4 @@ def test_the_scale_that_is_found_has_the_least_error(size: int, monkeypatch: pyt
 
 def test_of_equally_good_scales_the_first_is_taken() -> None:
     candidates = torch.tensor([[2.0, 1.0, 1.0, 0.5]])
-    assert int4_cpu.search_scale(torch.full((1, 8), 3.0), candidates, 1).tolist() == [1]
+    assert int4_cpu.search_scale(torch.full((1, 8), 3.0), candidates).tolist() == [1]

@@ -10,11 +10,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from .cpu_threads import for_ranges
-
 PER_WORD = 8
-ROWS_WEIGHTS = 2**19
-"""Weights that a thread takes at a time."""
 
 
 # Division by zero gives inf, and sums are in any order: only so are loops vectors.
@@ -50,36 +46,25 @@ def _pack(groups, scales, packed):  # type: ignore[no-untyped-def]
             packed[group, word] = value
 
 
-def search_scale(groups: torch.Tensor, candidates: torch.Tensor, threads: int) -> torch.Tensor:
+def search_scale(groups: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """Index int64 ``[m]`` of each group's scale of least squared error, the first of equals.
 
     Args:
         groups: weights float32 ``[m, group_size]``, contiguous.
         candidates: scales float32 ``[m, candidates]``, positive.
-        threads: that may be used.
     """
     best = torch.zeros(len(groups), dtype=torch.int64)
-
-    def search(start: int, stop: int) -> None:
-        _search(groups[start:stop].numpy(), candidates[start:stop].numpy(), best[start:stop].numpy())
-
-    for_ranges(search, len(groups), max(1, ROWS_WEIGHTS // groups.shape[1]), threads)
+    _search(groups.numpy(), candidates.numpy(), best.numpy())
     return best
 
 
-def pack_codes(groups: torch.Tensor, scales: torch.Tensor, threads: int) -> torch.Tensor:
+def pack_codes(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Nearest codes, eight in a word and the first lowest: int32 ``[m, group_size / 8]``, each code plus 8.
 
     Args:
         groups: weights float32 ``[m, group_size]``, contiguous; the group size is divisible by 8.
         scales: float32 ``[m]``, positive.
-        threads: that may be used.
     """
     packed = torch.empty(len(groups), groups.shape[1] // PER_WORD, dtype=torch.int32)
-
-    def pack(start: int, stop: int) -> None:
-        words = packed[start:stop].numpy().view(np.uint32)
-        _pack(groups[start:stop].numpy(), scales[start:stop].numpy(), words)
-
-    for_ranges(pack, len(groups), max(1, ROWS_WEIGHTS // groups.shape[1]), threads)
+    _pack(groups.numpy(), scales.numpy(), packed.numpy().view(np.uint32))
     return packed

@@ -17,8 +17,8 @@ import torch
 from numba import njit
 from torch.nn import functional
 
+from ..codec.chunks import for_ranges
 from ..codec.scratch import Scratch
-from ..cpu_threads import for_ranges
 from . import avx512
 from .coded_weight import norm_values, rotate
 
