@@ -122,7 +122,7 @@ def summary(runs: dict[str, list[dict[str, float]]], expert_bytes: int) -> dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--layers", type=int, default=5, help="decoder layers; 5 make 0.94 GiB of BF16 experts")
+    parser.add_argument("--layers", type=int, default=3, help="decoder layers; 3 make 0.56 GiB of BF16 experts")
     parser.add_argument("--repeats", type=int, default=3, help="starts of each server")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hlwq-load-") as scratch:
