@@ -1,5 +1,8 @@
 """The INT4 format of one matrix: published packing vectors and the dequantisation formula."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -100,3 +103,9 @@ def test_the_scale_that_is_found_has_the_least_error(size: int) -> None:
 def test_of_equally_good_scales_the_first_is_taken() -> None:
     candidates = torch.tensor([[2.0, 1.0, 1.0, 0.5]])
     assert int4_cpu.search_scale(torch.full((1, 8), 3.0), candidates).tolist() == [1]
+
+
+def test_what_a_worker_imports_leaves_numba_out() -> None:
+    """vLLM's CPU workers scan every module's objects at their start, and llvmlite's library object breaks the scan."""
+    code = "import sys, vllm_hlwq.plugin, vllm_hlwq.hlwq_serving; sys.exit('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

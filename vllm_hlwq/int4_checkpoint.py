@@ -1,6 +1,7 @@
 """One matrix to INT4 in the compressed-tensors ``pack-quantized`` format, and back to 16 bit.
 
-Whole checkpoints are exported by ``checkpoint/export.py`` and read by ``checkpoint/int4_source.py``.
+Whole checkpoints are exported by ``checkpoint/export.py`` and read by ``checkpoint/int4_source.py``. What needs numba is
+imported where it is used: vLLM's CPU workers scan all modules when they start, and fail where llvmlite is one of them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from . import int4_cpu
 from .codec.chunks import for_ranges
 
 State = dict[str, torch.Tensor]
@@ -43,6 +43,8 @@ def search_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ``[out, groups]``: candidates are rounded to the stored dtype before they are judged.
     """
     if groups.device.type == "cpu":
+        from . import int4_cpu
+
         fractions = torch.tensor(SCALE_FRACTIONS)
         candidates = (scale.float().view(-1, 1) * fractions).to(scale.dtype)
         flat = groups.reshape(-1, groups.shape[-1])
@@ -102,6 +104,8 @@ def _quantize_rows(weight: torch.Tensor, size: int, arguments: QuantizationArgs,
     if search and arguments.symmetric:
         scale = search_scale(groups, scale)
     if weight.device.type == "cpu" and arguments.symmetric:
+        from . import int4_cpu
+
         flat, scales = groups.reshape(-1, size), scale.float().reshape(-1)
         return {
             "weight_packed": int4_cpu.pack_codes(flat, scales).view(weight.shape[0], -1),
