@@ -1,7 +1,7 @@
 """One matrix to INT4 in the compressed-tensors ``pack-quantized`` format, and back to 16 bit.
 
-Whole checkpoints are exported by ``checkpoint/export.py`` and read by ``checkpoint/int4_source.py``. What needs numba is
-imported where it is used: vLLM's CPU workers scan all modules when they start, and fail where llvmlite is one of them.
+Whole checkpoints are exported by ``checkpoint/export.py`` and read by ``checkpoint/int4_source.py``. numba is imported
+where it is used: vLLM's CPU workers scan all modules when they start, and fail where llvmlite is one of them.
 """
 
 from __future__ import annotations
