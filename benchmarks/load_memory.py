@@ -108,11 +108,16 @@ def write_checkpoint(out: Path, config: Qwen3MoeConfig) -> int:
         },
     }  # fmt: skip
     (out / "config.json").write_text(json.dumps(settings))
-    vocabulary = {f"t{number}": number for number in range(config.vocab_size)}
+    write_tokenizer(out, config.vocab_size)
+    return expert_bytes
+
+
+def write_tokenizer(out: Path, vocab_size: int) -> None:
+    """Write a tokenizer of as many words."""
+    vocabulary = {f"t{number}": number for number in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(out)
-    return expert_bytes
 
 
 def memory_of(process: psutil.Process) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from hlwq_files import Coded, pack_msb, table
 
 from vllm_hlwq.codec import NORM, BlockCoder, codebook, dequantize_matrix, quantize_matrix
-from vllm_hlwq.hf import rotated_cpu
+from vllm_hlwq.hf import avx512, rotated_cpu
 from vllm_hlwq.hf.coded_weight import CodeFormat, coded_linear, decode
 
 
@@ -66,6 +66,52 @@ def test_halfway_between_two_bf16_numbers_it_is_the_even_one() -> None:
     rotated_cpu.decode_rotated(packed, torch.ones(1, 1), levels, 32, out)
     assert torch.equal(out[0], levels.bfloat16())
     assert (out.view(torch.int16) % 2 == 0).all()
+
+
+@pytest.mark.skipif(not avx512.available(), reason="the processor has no AVX-512 with 16-bit lanes")
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_vectors_give_the_bits_of_single_look_ups(bits: int, block_size: int) -> None:
+    """Rows one after another in memory without a gap, so that a store beyond a row's end would be seen."""
+    assert avx512.takes(bits, block_size)
+    generator = torch.Generator().manual_seed(bits)
+    packed = torch.randint(0, 256, (7, 3 * block_size * bits // 8), generator=generator, dtype=torch.uint8)
+    norms = torch.rand(7, 3, generator=generator) * torch.tensor([1e-6, 1.0, 60000.0])
+    levels = torch.randn(2**bits, generator=generator).sort().values
+    found, wanted = (np.zeros((8, 3 * block_size), np.uint16) for _ in range(2))
+    arguments = packed.numpy(), norms.numpy(), levels.numpy()
+    avx512.kernel(bits)(*arguments, found[:7], block_size)
+    rotated_cpu._kernel(bits, True)(*arguments, wanted[:7], block_size)
+    assert np.array_equal(found, wanted)
+    assert not found[7].any()
+
+
+@pytest.mark.parametrize(("bits", "block_size"), [(6, 128), (5, 16)])
+def test_what_vectors_cannot_hold_is_not_given_to_them(bits: int, block_size: int) -> None:
+    assert not avx512.takes(bits, block_size)
+
+
+def test_without_vectors_the_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = codebook("C", 5)
+    coded = quantize_matrix(torch.randn(40, 256), BlockCoder(levels, 128, torch.device("cpu")), NORM)
+    x, layout = torch.randn(3, 256).bfloat16(), CodeFormat(levels, 128, 256)
+    packed, norms = coded.packed.view(40, -1), coded.norms.view(torch.int16)
+    found = coded_linear(x, packed, norms, layout)
+    monkeypatch.setattr(avx512, "available", lambda: False)
+    assert torch.equal(found, coded_linear(x, packed, norms, layout))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_slices_decoded_on_several_threads_make_one_chunk(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotated_cpu, "CHUNK_WEIGHTS", 1024)
+    monkeypatch.setattr(rotated_cpu, "_decoders", lambda: threads)
+    levels = codebook("C", 5)
+    coder = BlockCoder(levels, 128, torch.device("cpu"))
+    coded = quantize_matrix(torch.randn(57, 256, generator=torch.Generator().manual_seed(0)), coder, NORM)
+    x = torch.randn(3, 256)
+    found = coded_linear(x, coded.packed.view(57, -1), coded.norms.view(torch.int16), CodeFormat(levels, 128, 256))
+    wanted = x.double() @ dequantize_matrix(coded, coder, torch.float32).double().T
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-6
 
 
 def test_threads_do_not_disturb_one_another() -> None:

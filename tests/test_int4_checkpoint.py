@@ -1,10 +1,16 @@
 """The INT4 format of one matrix: published packing vectors and the dequantisation formula."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationScheme
 
-from vllm_hlwq.int4_checkpoint import dequantize_weight, int4_arguments, quantize_weight
+from vllm_hlwq import int4_checkpoint, int4_cpu
+from vllm_hlwq.int4_checkpoint import SCALE_FRACTIONS, dequantize_weight, int4_arguments, quantize_weight
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,57 @@ def test_a_scale_that_underflows_keeps_its_group_near_zero() -> None:
     weight = torch.full((8, 32), 6e-8, dtype=torch.float16)  # float16's smallest; a seventh of it is zero
     restored = dequantize_weight(quantize_weight(weight, int4_arguments(32, True)), int4_arguments(32, True))
     assert not restored.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [32, 128, None])
+@pytest.mark.parametrize("search", [False, True])
+def test_codes_are_those_of_the_library(search: bool, group_size: int | None, dtype: torch.dtype) -> None:
+    """Halves between two levels too: every weight a multiple of half the scale that the largest, 15 of them, gives."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randint(-14, 15, (24, 256), generator=generator)
+    weight = torch.cat([torch.randn(24, 256, generator=generator), halves / 64]).to(dtype)
+    weight[24:, ::32] = 15 / 64
+    arguments = int4_arguments(group_size, True)
+    found = quantize_weight(weight, arguments, search)
+    scale = found["weight_scale"]
+    state = {"weight": weight.float(), "weight_scale": scale, "weight_zero_point": torch.zeros_like(scale).char()}
+    wanted = PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=[], weights=arguments))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_threads_and_ranges_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = quantize_weight(weight, int4_arguments(32, True), True)
+    monkeypatch.setattr(int4_checkpoint, "ROWS_WEIGHTS", 24 * 64)
+    for name, tensor in quantize_weight(weight, int4_arguments(32, True), True).items():
+        assert torch.equal(tensor, whole[name])
+
+
+@pytest.mark.parametrize("size", [32, 64, 300])
+def test_the_scale_that_is_found_has_the_least_error(size: int) -> None:
+    """In double precision, of scales rounded to BF16."""
+    groups = torch.randn(100, size, generator=torch.Generator().manual_seed(size))
+    largest = groups.abs().amax(-1, keepdim=True) / 7.5
+    candidates = (largest * torch.tensor(SCALE_FRACTIONS)).bfloat16().float()
+    best = int4_cpu.search_scale(groups, candidates)
+    wide = candidates.double().unsqueeze(1)
+    codes = (groups.unsqueeze(2) / candidates.unsqueeze(1)).round().clamp(-8, 7).double()
+    errors = (codes * wide - groups.double().unsqueeze(2)).square().sum(1)
+    chosen = errors.gather(1, best.unsqueeze(1)).squeeze(1)
+    assert torch.allclose(chosen, errors.amin(1), rtol=1e-6, atol=0)
+    assert len(best.unique()) > 3
+
+
+def test_of_equally_good_scales_the_first_is_taken() -> None:
+    candidates = torch.tensor([[2.0, 1.0, 1.0, 0.5]])
+    assert int4_cpu.search_scale(torch.full((1, 8), 3.0), candidates).tolist() == [1]
+
+
+def test_what_a_worker_imports_leaves_numba_out() -> None:
+    """vLLM's CPU workers scan every module's objects at their start, and llvmlite's library object breaks the scan."""
+    code = "import sys, vllm_hlwq.plugin, vllm_hlwq.hlwq_serving; sys.exit('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

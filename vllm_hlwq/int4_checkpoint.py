@@ -1,6 +1,7 @@
 """One matrix to INT4 in the compressed-tensors ``pack-quantized`` format, and back to 16 bit.
 
-Whole checkpoints are exported by ``checkpoint/export.py`` and read by ``checkpoint/int4_source.py``.
+Whole checkpoints are exported by ``checkpoint/export.py`` and read by ``checkpoint/int4_source.py``. numba is imported
+where it is used: vLLM's CPU workers scan all modules when they start, and fail where llvmlite is one of them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from .codec.chunks import for_ranges
+
 State = dict[str, torch.Tensor]
 SCALE_FRACTIONS = tuple(1 - 0.03 * step for step in range(14))
 """Of the scale that the largest weight asks for; smaller ones clip it and serve the others better."""
+
+ROWS_WEIGHTS = 2**19
+"""Weights that a CPU's thread quantises at a time."""
 
 
 def int4_arguments(group_size: int | None, symmetric: bool) -> QuantizationArgs:
@@ -36,6 +42,14 @@ def search_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[out, groups]``: candidates are rounded to the stored dtype before they are judged.
     """
+    if groups.device.type == "cpu":
+        from . import int4_cpu
+
+        fractions = torch.tensor(SCALE_FRACTIONS)
+        candidates = (scale.float().view(-1, 1) * fractions).to(scale.dtype)
+        flat = groups.reshape(-1, groups.shape[-1])
+        best = int4_cpu.search_scale(flat, candidates.float())
+        return candidates.gather(1, best.unsqueeze(1)).view(scale.shape)
     best = scale
     least = torch.full(scale.shape, float("inf"), device=scale.device)
     for fraction in SCALE_FRACTIONS:
@@ -58,17 +72,46 @@ def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs, search: b
     Returns:
         ``weight_packed`` int32 [out, in / 8], ``weight_scale`` [out, groups] in the weight's dtype, ``weight_shape``,
         and for asymmetric arguments ``weight_zero_point`` int32 [out / 8, groups].
+
+    Raises:
+        ValueError: a weight is not finite, or the group size does not divide ``in``.
     """
     size = arguments.group_size or weight.shape[1]
     if weight.shape[1] % size:
         raise ValueError(f"group size {size} does not divide {weight.shape[1]} input features")
+    on_cpu = weight.device.type == "cpu" and arguments.symmetric
+    if not on_cpu:
+        return _quantize_rows(weight, size, arguments, search)
+    # Each thread does all of its rows: torch's operations are too short here to be shared out one by one.
+    step = min(max(8, ROWS_WEIGHTS // weight.shape[1]), max(8, -(-weight.shape[0] // 2)))
+    parts = for_ranges(
+        lambda start, stop: _quantize_rows(weight[start:stop], size, arguments, search),
+        weight.shape[0], step, torch.get_num_threads(),
+    )  # fmt: skip
+    state = {name: torch.cat([part[name] for part in parts]) for name in ("weight_packed", "weight_scale")}
+    return state | {"weight_shape": torch.tensor(weight.shape)}
+
+
+def _quantize_rows(weight: torch.Tensor, size: int, arguments: QuantizationArgs, search: bool) -> State:
     groups = weight.float().view(weight.shape[0], -1, size)
-    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    least, most = groups.amin(-1), groups.amax(-1)
+    if not bool((least.isfinite() & most.isfinite()).all()):
+        raise ValueError("holds NaN or inf")
+    scale, zero_point = calculate_qparams(least, most, arguments)
     scale = scale.to(weight.dtype)
     # An all-zero group has scale 0, or one that underflowed; any positive scale stores its zeros exactly.
     scale = torch.where(scale == 0, 1.0, scale)
     if search and arguments.symmetric:
         scale = search_scale(groups, scale)
+    if weight.device.type == "cpu" and arguments.symmetric:
+        from . import int4_cpu
+
+        flat, scales = groups.reshape(-1, size), scale.float().reshape(-1)
+        return {
+            "weight_packed": int4_cpu.pack_codes(flat, scales).view(weight.shape[0], -1),
+            "weight_scale": scale.contiguous(),
+            "weight_shape": torch.tensor(weight.shape),
+        }
     state = {
         "weight": weight.float(),
         "weight_scale": scale,

@@ -154,12 +154,13 @@ def _quantized(
     device: torch.device,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     weight = matrix.read().to(device)
-    if not bool(weight.isfinite().all()):
-        raise CheckpointError(
-            f"{source.path}: {name}, for {matrix.module}, holds NaN or inf; mend the weights before exporting"
-        )
     weight = weight.to(scale_dtype(source.parameters[name].dtype)) if weight.dtype == torch.float32 else weight
-    state = quantize_weight(weight, arguments, search)
+    try:
+        state = quantize_weight(weight, arguments, search)
+    except ValueError as problem:
+        raise CheckpointError(
+            f"{source.path}: {name}, for {matrix.module}, {problem}; mend the weights before exporting"
+        ) from None
     if not matrix.has_shape:
         del state["weight_shape"]
     for key, tensor in state.items():

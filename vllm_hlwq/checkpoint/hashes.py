@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ class HashList:
         self.folder = folder
         self.entries = entries
         self._checked: set[str] = set()
+        self._ahead: dict[str, Future[None]] = {}
         self._check_names()
 
     @classmethod
@@ -60,6 +64,17 @@ class HashList:
         if absent is not None:
             raise CheckpointError(f"{path}: lists tensor {absent}, which no file holds; {REMEDY}")
 
+    @cached_property
+    def _hashing(self) -> ThreadPoolExecutor:
+        """Made when it is needed: who only asks what a folder holds, and then forks, has no thread."""
+        return ThreadPoolExecutor(1, "hashing")
+
+    def check_ahead(self, names: Iterable[str]) -> None:
+        """Begin to compute the sums of tensors that will be asked for next, beside what the caller does until then."""
+        for name in names:
+            if name not in self._checked and name not in self._ahead:
+                self._ahead[name] = self._hashing.submit(self._compare, name)
+
     def check(self, name: str) -> None:
         """Compare a tensor's bytes with its sum, the first time it is asked for.
 
@@ -68,8 +83,15 @@ class HashList:
         """
         if name in self._checked:
             return
+        begun = self._ahead.get(name)
+        if begun is None:
+            self._compare(name)
+        else:
+            begun.result()
+        self._checked.add(name)
+
+    def _compare(self, name: str) -> None:
         digest = hashlib.sha256(byte_view(self.folder.tensor(name))).hexdigest()
         if digest != self.entries[name]["sha256"]:
             file: Path = self.folder.tensors[name].file
             raise CheckpointError(f"{file}: tensor {name} is damaged, its SHA-256 is not the listed one; {REMEDY}")
-        self._checked.add(name)

@@ -7,6 +7,8 @@ is refused by name before a weight is used, and where the file lists SHA-256 sum
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,8 @@ class HlwqSource:
             raise CheckpointError(f"{path}: holds no HLWQ-coded tensor; make one with `hlwq quantize`")
         settings = read_settings(self.folder)
         self._expected = ExpectedModel(path, self.config(), self.base, settings.own)
-        self._check_hash(CODEBOOK_KEY)
+        if self.hashes is not None and CODEBOOK_KEY in self.folder.tensors:
+            self.hashes.check(CODEBOOK_KEY)
         self.tables = CodebookTables(self.folder, path, self.device, settings.codebook_stored)
         bits = settings.bits or self.tables.stored_bits
         self._reader = MatrixReader(self.folder, bits, settings.block_size, self._expected)
@@ -171,7 +174,7 @@ class HlwqSource:
         if name in self.matrices:
             return self._decoded_rows(self.matrices[name], start, stop)
         if name in self.plain:
-            self._check_hash(self.plain[name])
+            self._check_hashes([self.plain[name]])
             return plain_rows(self.folder, self.plain[name], start, stop)
         assert self.base is not None
         rows = self.base.rows(name, start, stop)
@@ -197,8 +200,7 @@ class HlwqSource:
             yield self._coded_rows(matrix, 0, matrix.rows)
 
     def _coded_rows(self, matrix: StoredMatrix, start: int, stop: int) -> CodedMatrix:
-        for key in matrix.keys:
-            self._check_hash(key)
+        self._check_hashes(matrix.keys)
         norms = matrix.norms(self.folder)[start:stop]
         wrong = torch.nonzero(~((norms >= 0) & norms.isfinite()))
         if len(wrong):
@@ -209,9 +211,22 @@ class HlwqSource:
             )
         return CodedMatrix(matrix.packed_rows(self.folder, start, stop), norms, matrix.in_features)
 
-    def _check_hash(self, key: str) -> None:
-        if self.hashes is not None and key in self.folder.tensors:
-            self.hashes.check(key)
+    def _check_hashes(self, keys: list[str]) -> None:
+        """Hold tensors that belong together to their sums, and begin with those that are likely to be read next."""
+        if self.hashes is not None:
+            for key in keys:
+                self.hashes.check(key)
+            self.hashes.check_ahead(self._following.get(keys[0], ()))
+
+    @cached_property
+    def _following(self) -> dict[str, list[str]]:
+        """By the first of the stored tensors that are read together: those of the next such."""
+        together: list[list[str]] = []
+        for name in self.parameters:
+            together += [matrix.keys for matrix in self.matrices.get(name, ())]
+            if name in self.plain:
+                together.append([self.plain[name]])
+        return {keys[0]: following for keys, following in pairwise(together)}
 
     def missing(self) -> list[str]:
         """Parameters of the model that have no source; empty with a base model."""

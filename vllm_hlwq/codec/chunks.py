@@ -2,14 +2,17 @@
 
 Each thread codes whole chunks with torch held to that one thread. Sharing out the operations instead would leave the
 second core idle half of the time: look-ups by index run on one thread only, and each of some twenty operations a chunk
-would wait for the slower half.
+would wait for the slower half. The threads stay: an expert's matrix is coded in the time that it takes to start some.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from queue import SimpleQueue
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -17,6 +20,8 @@ import torch
 from .blocks import BlockCoder
 
 Result = TypeVar("Result")
+LEAST_ROWS = 64
+"""Of a chunk: fewer are not worth another thread."""
 
 
 def single_threaded() -> None:
@@ -25,37 +30,64 @@ def single_threaded() -> None:
     torch.set_num_threads(1)
 
 
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that are all there, so that torch's number can be set back for those that others start later."""
+    before = torch.get_num_threads()
+    pool, present = ThreadPoolExecutor(threads, "codec", single_threaded), Barrier(threads)
+    list(pool.map(lambda _: present.wait(), range(threads)))
+    torch.set_num_threads(before)
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+def for_ranges(work: Callable[[int, int], Result], rows: int, step: int, threads: int) -> list[Result]:
+    """``work(start, stop)`` for ranges of ``step`` rows that cover all; results in order of rows.
+
+    Args:
+        work: called on several threads at once; in the caller's, if there is one thread or one range.
+        rows: of all ranges.
+        step: rows of one.
+        threads: that work at once.
+
+    Raises:
+        Exception: what ``work`` raised for the first range in order of rows that failed.
+    """
+    ranges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
+    threads = min(threads, len(ranges))
+    if threads <= 1:
+        return [work(*each) for each in ranges]
+    running = [_pool(threads).submit(work, *each) for each in ranges]
+    wait(running)  # all of them, also after one has failed: they work in the caller's memory
+    return [each.result() for each in running]
+
+
 def for_each_chunk(
     work: Callable[[BlockCoder, int, int], Result], coder: BlockCoder, rows: int, step: int
 ) -> list[Result]:
-    """Call ``work(coder, start, stop)`` for ranges of ``step`` rows that cover all; results in order of rows.
+    """As ``for_ranges``, on all of a CPU's threads, with ``work(coder, start, stop)``.
 
     Args:
         work: called on several threads of a CPU at once, each with a coder of its own.
         coder: the coder, of which each further thread gets a twin.
         rows: of the matrix.
-        step: rows of a chunk.
-
-    Raises:
-        Exception: what ``work`` raised for the first chunk in order of rows that failed.
+        step: rows of a chunk, at most; on a CPU a matrix of many rows makes two chunks or more.
     """
-    starts = range(0, rows, step)
-    threads = min(torch.get_num_threads(), len(starts)) if coder.device.type == "cpu" else 1
-    if threads <= 1:
-        return [work(coder, start, min(rows, start + step)) for start in starts]
+    on_cpu = coder.device.type == "cpu"
+    if on_cpu:
+        step = min(step, max(LEAST_ROWS, -(-rows // 2)))  # whatever the threads: sums follow the chunks
+    threads = min(torch.get_num_threads(), -(-rows // step)) if on_cpu else 1
     free: SimpleQueue[BlockCoder] = SimpleQueue()
     for twin in coder.twins(threads):
         free.put(twin)
 
-    def borrow_and_work(start: int) -> Result:
+    def borrow_and_work(start: int, stop: int) -> Result:
         borrowed = free.get()
         try:
-            return work(borrowed, start, min(rows, start + step))
+            return work(borrowed, start, stop)
         finally:
             free.put(borrowed)
 
-    try:
-        with ThreadPoolExecutor(threads, "codec", single_threaded) as pool:
-            return list(pool.map(borrow_and_work, starts))
-    finally:
-        torch.set_num_threads(torch.get_num_threads())  # threads that others start later are not to inherit the one
+    return for_ranges(borrow_and_work, rows, step, threads)

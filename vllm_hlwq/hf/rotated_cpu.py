@@ -1,4 +1,4 @@
-"""The product with a coded weight on a CPU: chunks of it are decoded and multiplied while they are in a core's cache.
+"""The product with a coded weight on a CPU: chunks of it are decoded, and multiplied by torch on all its threads.
 
 Codes to rotated weights is one pass: unpack, look up, scale, round. As torch operations these are passes over memory of
 their own, and took three times as long as the product that follows. A block's levels are multiplied by its norm and
@@ -7,10 +7,8 @@ rounded once, in a table; its codes then are look-ups in it.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,15 +17,16 @@ import torch
 from numba import njit
 from torch.nn import functional
 
-from ..codec.chunks import single_threaded
+from ..codec.chunks import for_ranges
 from ..codec.scratch import Scratch
+from . import avx512
 from .coded_weight import norm_values, rotate
 
 if TYPE_CHECKING:
     from .coded_weight import CodeFormat
 
-CHUNK_WEIGHTS = 2**20
-"""Weights that a thread decodes and multiplies at a time: few enough for a core's cache, enough to be worth a call."""
+CHUNK_WEIGHTS = 2**22
+"""Weights that a thread decodes at a time: enough to be worth a product on all threads, 8 MiB in BF16."""
 CPU = torch.device("cpu")
 
 
@@ -79,7 +78,9 @@ def decode_rotated(
     bits = len(levels).bit_length() - 1
     to_bf16 = out.dtype == torch.bfloat16
     memory = out.view(torch.int16).numpy().view(np.uint16) if to_bf16 else out.numpy()
-    _kernel(bits, to_bf16)(packed.numpy(), norms.numpy(), levels.numpy(), memory, block_size)
+    by_vector = to_bf16 and avx512.available() and avx512.takes(bits, block_size)
+    kernel = avx512.kernel(bits) if by_vector else _kernel(bits, to_bf16)
+    kernel(packed.numpy(), norms.numpy(), levels.numpy(), memory, block_size)
 
 
 class _OwnMemory(threading.local):
@@ -92,24 +93,10 @@ class _OwnMemory(threading.local):
 _own = _OwnMemory()
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: torch's own would spin in wait of work for a while, on the cores that these need."""
-    return ThreadPoolExecutor(threads, "hlwq", single_threaded)
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
-
-
-def _for_ranges(work: Callable[[int, int], None], count: int, step: int) -> None:
-    """``work(start, stop)`` for ranges that cover ``count``, on as many threads as torch has."""
-    threads = torch.get_num_threads()
-    ranges = [(start, min(count, start + step)) for start in range(0, count, step)]
-    if threads == 1 or len(ranges) == 1:
-        for start, stop in ranges:
-            work(start, stop)
-    else:
-        list(_pool(threads).map(work, *zip(*ranges, strict=True)))
+def _decoders() -> int:
+    """Threads to decode on. Torch's own spin for a while after each of its operations, in wait of the next, so more
+    than half of the cores are not to be had; two threads decode no faster than one beside one that spins."""
+    return max(1, torch.get_num_threads() // 2)
 
 
 @torch.no_grad()
@@ -117,21 +104,20 @@ def rotated_linear(
     activation: torch.Tensor, packed: torch.Tensor, norms: torch.Tensor, layout: CodeFormat
 ) -> torch.Tensor:
     """``coded_linear`` for ``[tokens, in_features]`` on the CPU."""
-    width, tokens = layout.blocks * layout.block_size, len(activation)
-    dtype = activation.dtype
-    rotated, out = torch.empty(tokens, width, dtype=dtype), torch.empty(tokens, len(packed), dtype=dtype)
+    width, count, dtype = layout.blocks * layout.block_size, len(packed), activation.dtype
+    rotated, out = rotate(activation, layout), torch.empty(len(activation), len(packed), dtype=dtype)
     levels, scales = layout.levels(CPU), norm_values(norms).float()
     direct = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
-    layout.coder(CPU)  # made here, not on several threads
-
-    def rotate_tokens(start: int, stop: int) -> None:
-        rotated[start:stop] = rotate(activation[start:stop], layout)
-
-    def multiply_rows(start: int, stop: int) -> None:
+    own = max(1, CHUNK_WEIGHTS // width)
+    step = own * min(_decoders(), -(-count // own))
+    for start in range(0, count, step):
+        stop = min(count, start + step)
         weight = _own.scratch.take("weight", (stop - start, width), direct)
-        decode_rotated(packed[start:stop], scales[start:stop], levels, layout.block_size, weight)
-        out[:, start:stop] = functional.linear(rotated, weight.to(dtype))
 
-    _for_ranges(rotate_tokens, tokens, max(16, -(-tokens // torch.get_num_threads())))
-    _for_ranges(multiply_rows, len(packed), max(1, CHUNK_WEIGHTS // width))
+        def decode_rows(low: int, high: int, start: int = start, weight: torch.Tensor = weight) -> None:
+            rows = slice(start + low, start + high)
+            decode_rotated(packed[rows], scales[rows], levels, layout.block_size, weight[low:high])
+
+        for_ranges(decode_rows, stop - start, own, _decoders())
+        out[:, start:stop] = functional.linear(rotated, weight.to(dtype))
     return out

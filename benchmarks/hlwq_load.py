@@ -1,0 +1,158 @@
+"""What serving an HLWQ checkpoint costs at the start, beside its exported INT4 sibling: seconds and host memory.
+
+    python benchmarks/hlwq_load.py [--out FILE.json] [--layers N] [--repeats N]
+
+Makes a Qwen3-MoE-shaped model with random BF16 experts, codes it, exports it, and serves both in turn, each time in a
+process of its own. Seconds are those that vLLM logs for loading weights: reading, decoding, quantising to INT4 and
+filling the model. Beside them the parts of that work are measured by themselves. Memory is what ``load_memory.py``
+calls the peak of the loading process. Exit code 1: a limit was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from load_memory import CACHE_SIZE, LOADED, memory_of, model_config, write_tokenizer
+from transformers import AutoModelForCausalLM
+
+from vllm_hlwq.bench import environment
+from vllm_hlwq.bench.memory import PeakSampler
+from vllm_hlwq.bench.server import Server
+from vllm_hlwq.checkpoint.export import Int4Export, export_int4
+from vllm_hlwq.checkpoint.quantize import quantize
+from vllm_hlwq.checkpoint.reader import HlwqSource
+
+EXPERTS, WIDTH = 64, 512
+SECONDS_FACTOR = 2.0
+PEAK_EXTRA = 2 * 2**30
+TOOK = re.compile(r"Loading weights took ([\d.]+) seconds")
+
+
+def make_models(folder: Path, layers: int) -> int:
+    """Write ``bf16``, ``hlwq`` and ``int4``; return the bytes of the experts in INT4, scales included."""
+    config = model_config(EXPERTS, WIDTH, layers)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "bf16")
+    write_tokenizer(folder / "bf16", config.vocab_size)
+    quantize(folder / "bf16", folder / "hlwq", fit="norm")
+    export_int4(HlwqSource(folder / "hlwq"), folder / "int4")
+    export = Int4Export(HlwqSource(folder / "hlwq"))
+    return sum(
+        tensor.bytes
+        for group in export.groups
+        for tensor in group.tensors
+        if ".experts." in tensor.name and tensor.name.endswith(("_packed", "_scale"))
+    )
+
+
+def serve(model: Path) -> dict[str, float]:
+    """Start a server; seconds of loading weights, until it answers, and the loading process' peak in bytes."""
+    start = time.monotonic()
+    server = Server(
+        model, "--moe-expert-cache-size", str(CACHE_SIZE), "--max-model-len", "512", "--enforce-eager",
+        "--served-model-name", "m",
+    )  # fmt: skip
+    process = psutil.Process(server.process.pid)
+    peak = PeakSampler(
+        lambda: max((outside_files for _, outside_files in memory_of(process)), default=0),
+        lambda: LOADED in server.log or server.process.poll() is not None,
+    )
+    peak.start()
+    with server:
+        ready = time.monotonic() - start
+        peak.join()
+        took = TOOK.search(server.log)
+        server.post("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
+    if took is None:
+        raise RuntimeError("vLLM's log says nothing of how long loading weights took")
+    return {"loading": float(took[1]), "ready": round(ready, 1), "peak": peak.peak}
+
+
+def parts_of_the_work(model: Path) -> dict[str, float]:
+    """Seconds of reading and decoding all weights alone, and of making the INT4 sibling's tensors, in this process."""
+
+    def decode() -> None:
+        source = HlwqSource(model)
+        for name, parameter in source.parameters.items():
+            source.rows(name, 0, parameter.rows)
+
+    def export() -> None:
+        made = Int4Export(HlwqSource(model))
+        for group in made.groups:
+            for _ in made.tensors(group):
+                pass
+
+    found = {}
+    for name, work in {"decode": decode, "decode_and_quantise": export}.items():
+        seconds, processor = [], []
+        for _ in range(4):
+            start, used = time.perf_counter(), time.process_time()
+            work()
+            seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - used)
+        # The first compiles.
+        found[name] = round(statistics.median(seconds[1:]), 3)
+        found[f"{name}_processor"] = round(statistics.median(processor[1:]), 3)
+        found[f"{name}_first"] = round(seconds[0], 3)
+    return found
+
+
+def summary(runs: dict[str, list[dict[str, float]]], expert_bytes: int) -> dict[str, Any]:
+    """Medians of the runs, and what they are of their limits."""
+    medians = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
+    return {
+        **medians,
+        "loading_ratio": round(medians["hlwq"]["loading"] / medians["int4"]["loading"], 2),
+        "ready_ratio": round(medians["hlwq"]["ready"] / medians["int4"]["ready"], 2),
+        "peak_over_limit": round(max(run["peak"] for run in runs["hlwq"]) / (expert_bytes + PEAK_EXTRA), 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--layers", type=int, default=3, help="decoder layers; 3 make 0.56 GiB of BF16 experts")
+    parser.add_argument("--repeats", type=int, default=3, help="starts of each server")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hlwq-load-") as scratch:
+        folder = Path(scratch)
+        expert_bytes = make_models(folder, arguments.layers)
+        parts = parts_of_the_work(folder / "hlwq")
+        runs: dict[str, list[dict[str, float]]] = {"hlwq": [], "int4": []}
+        for _ in range(arguments.repeats):
+            for name, found in runs.items():
+                found.append(serve(folder / name))
+                print(name, found[-1])
+    result = {
+        "environment": environment.describe(),
+        "expert_bytes_bf16": arguments.layers * EXPERTS * 3 * WIDTH * 1024 * 2,
+        "expert_bytes_int4": expert_bytes,
+        "parts": parts,
+        "runs": runs,
+        **summary(runs, expert_bytes),
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    missed = [
+        *(["loading takes longer than twice the sibling's"] if result["loading_ratio"] > SECONDS_FACTOR else []),
+        *(["the peak exceeds the INT4 experts and 2 GiB"] if result["peak_over_limit"] > 1 else []),
+    ]
+    for miss in missed:
+        print(f"missed: {miss}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
