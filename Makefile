@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make clean. Each installs the CPU runtime into .venv first, once.
+# make demo | make test | make lint | make soak | make clean. Each installs the CPU runtime into .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/vllm-hlwq-ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py
@@ -15,6 +15,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Half an hour of load by default, and a few minutes for servers to start and to be ended in mid-stream.
+SOAK_MINUTES ?= 30
+soak: $(READY)
+	timeout $$(( $(SOAK_MINUTES) * 60 + 1800 )) $(VENV)/bin/python benchmarks/soak.py --minutes $(SOAK_MINUTES)
 
 $(READY): scripts/setup_cpu.py pyproject.toml
 	$(PYTHON) scripts/setup_cpu.py --venv $(VENV)
