@@ -127,7 +127,7 @@ def loaded(server: Server, short: Sequence[Prompt], long: Sequence[Prompt], minu
             *([] if audits["audits"] else ["no audit was made"]),
             *faults_of_ends(load.heard),
             *faults_of_counters(metrics, counters, sizes, [*alone, *load.heard]),
-            *faults_of_memory(grown),
+            *faults_of_memory(grown, minutes),
         ],
     }
     return findings, reference, load.heard

@@ -10,12 +10,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 
 from vllm_hlwq.bench.memory import anonymous_bytes
 from vllm_hlwq.bench.server import Server
 
+COURSE = 10
 SHARED_MEMORY = Path("/dev/shm")
 _RANDOM = re.compile(r"[0-9a-f]{8,}")
 """What differs from one name to the next of the same kind."""
@@ -101,17 +103,24 @@ class MemoryWatch:
             for role, pid in self._processes:
                 self._samples[role].append(anonymous_bytes(pid))
 
-    def stop(self) -> dict[str, dict[str, int]]:
-        """For each role: bytes at first and last, and medians of the middle and the last third of the samples."""
+    def stop(self) -> dict[str, dict[str, Any]]:
+        """Bytes of each role, summed up."""
         self._stopping.set()
         self._thread.join()
         return {role: summary(samples) for role, samples in self._samples.items() if samples[0]}
 
 
-def summary(samples: list[int]) -> dict[str, int]:
+def summary(samples: list[int]) -> dict[str, Any]:
+    """First and last of samples, medians of their middle and last third, and of each of ``COURSE`` parts."""
     third = len(samples) // 3
-    middle, last = int(median(samples[third : 2 * third])), int(median(samples[-third:]))
-    return {"first": samples[0], "last": samples[-1], "middle_third": middle, "last_third": last}
+    parts = [samples[len(samples) * n // COURSE : len(samples) * (n + 1) // COURSE] for n in range(COURSE)]
+    return {
+        "first": samples[0],
+        "last": samples[-1],
+        "middle_third": int(median(samples[third : 2 * third])),
+        "last_third": int(median(samples[-third:])),
+        "course": [int(median(part)) for part in parts if part],
+    }
 
 
 def wait_for_end(server: Server, seconds: float) -> int | None:

@@ -95,12 +95,14 @@ def test_requests_that_end_as_they_should_not() -> None:
 
 
 def test_memory_that_grows() -> None:
-    steady = [100, 500, 501, 502, 500, 501, 502]
-    assert summary(steady) == {"first": 100, "last": 502, "middle_third": 501, "last_third": 501}
-    growing = [number * GROWTH_BYTES // 2 for number in range(9)]
-    assert faults_of_memory({"Worker": summary(growing), "EngineCore": summary(steady)}) == [
-        f"Worker: {3 * GROWTH_BYTES // 2} bytes more"
-    ]
+    steady = summary([100, 500, 501, 502, 500, 501, 502, 503, 504, 505])
+    assert (steady["first"], steady["last"]) == (100, 505)
+    assert (steady["middle_third"], steady["last_third"]) == (501, 504)
+    assert steady["course"] == [100, 500, 501, 502, 500, 501, 502, 503, 504, 505]
+    growing = summary([number * GROWTH_BYTES // 2 for number in range(9)])
+    found = faults_of_memory({"Worker": growing, "EngineCore": steady}, minutes=30)
+    assert found == [f"Worker: {3 * GROWTH_BYTES // 2} bytes more"]
+    assert faults_of_memory({"Worker": growing}, minutes=0.5) == []
 
 
 def left(**changes: Any) -> Leftovers:
