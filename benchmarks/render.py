@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_cache_bars import kv_bars
+from soak_report import soak
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
 
@@ -316,6 +317,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sizing": sizing,
     "kv_cache": kv_cache,
     "routing_traces": routing_traces,
+    "soak": lambda result: f"{soak(result)}\n({machine(result['environment'])}; made by `benchmarks/soak.py`.)\n",
 }
 
 

@@ -28,7 +28,7 @@ from vllm_hlwq.checkpoint.dequantize import dequantize, open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.int4_source import Int4Source
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 COMPILED = ("--max-model-len", "1024", "--max-num-seqs", "8", "--served-model-name", "tiny")
 EAGER = (*COMPILED, "--enforce-eager")
@@ -63,7 +63,10 @@ def assert_in_order(server: Server, ranks: int = 1) -> list[dict[str, dict[str, 
 
 # One server: what vLLM does by default, with small blocks and chunks so that little text is enough.
 
-SMALL_CHUNKS = (*EAGER, "--max-num-batched-tokens", "64", "--block-size", "32")
+SMALL_CHUNKS = (
+    *EAGER, "--max-num-batched-tokens", "64", "--block-size", "32", "--structured-outputs-config",
+    json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
