@@ -1,9 +1,10 @@
-# make demo | make test | make lint | make docs | make clean. Each installs the CPU runtime into .venv first, once.
+# make demo | make test | make lint | make docs | make soak | make clean. Each installs the CPU runtime into .venv first,
+# once.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/vllm-hlwq-ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs soak clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py
@@ -18,6 +19,11 @@ lint: $(READY)
 
 docs: $(READY)
 	$(VENV)/bin/mkdocs build --strict
+
+# Half an hour of load by default, and a few minutes for servers to start and to be ended in mid-stream.
+SOAK_MINUTES ?= 30
+soak: $(READY)
+	timeout $$(( $(SOAK_MINUTES) * 60 + 1800 )) $(VENV)/bin/python benchmarks/soak.py --minutes $(SOAK_MINUTES)
 
 $(READY): scripts/setup_cpu.py pyproject.toml
 	$(PYTHON) scripts/setup_cpu.py --venv $(VENV)

@@ -17,6 +17,7 @@ from typing import Any
 
 from gpu_acceptance import all_criteria
 from kv_cache_bars import kv_bars
+from soak_report import soak
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
 
@@ -396,6 +397,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "routing_traces": routing_traces,
     "warm_start": warm_start,
     "start_up": start_up,
+    "soak": lambda result: f"{soak(result)}\n({machine(result['environment'])}; made by `benchmarks/soak.py`.)\n",
 }
 
 

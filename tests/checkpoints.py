@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma4Config,
@@ -163,4 +165,42 @@ def write(config: PreTrainedConfig, out: Path, seed: int = 0, varied: bool = Fal
                 start = 0.0 if "bias" in name else 1.0
                 tensor.copy_(start + 0.1 * torch.randn(tensor.shape))
     model.save_pretrained(out, **save)
+    return out
+
+
+def write_glm4_moe_with_mtp(out: Path) -> Path:
+    """GLM-4.5 with a layer for multi-token prediction, which transformers neither makes nor writes.
+
+    That layer sees the embedding of the token before as the model's own layers do, and is a copy of the last of them.
+    What layers add to the embedding is small, so that its predictions are often the model's.
+    """
+    config = Glm4MoeConfig(
+        **COMMON | {"vocab_size": 2048}, num_key_value_heads=2, num_experts_per_tok=TOP_K, intermediate_size=256,
+        n_routed_experts=NUM_EXPERTS, moe_intermediate_size=64, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
+        topk_group=1,
+    )  # fmt: skip
+    write(config, out)
+    weights = load_file(out / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.mul_(0.3)
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.linspace(0, 0.2, NUM_EXPERTS))  # or the router chooses as if there was none
+    last, drafting, hidden = "model.layers.1.", "model.layers.2.", config.hidden_size
+    weights |= {n.replace(last, drafting): t.clone() for n, t in weights.items() if n.startswith(last)}
+    both = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
+    weights |= {
+        f"{drafting}{name}": tensor.bfloat16()
+        for name, tensor in {
+            "eh_proj.weight": both,
+            "enorm.weight": torch.full((hidden,), config.initializer_range),
+            "hnorm.weight": torch.ones(hidden),
+            "shared_head.norm.weight": weights["model.norm.weight"].clone(),
+            "shared_head.head.weight": weights["lm_head.weight"].clone(),
+            "embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+        }.items()
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"num_nextn_predict_layers": 1}))
     return out

@@ -24,6 +24,7 @@ from quantizing import SHARD_BYTES
 
 from vllm_hlwq.checkpoint.dequantize import dequantize, open_source
 from vllm_hlwq.checkpoint.export import export_int4
+from vllm_hlwq.checkpoint.int4_source import Int4Source
 from vllm_hlwq.checkpoint.quantize import quantize
 
 # Run by test_triton_interpreter.py, in a process with Triton's interpreter.
@@ -43,6 +44,14 @@ def tiny_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model that ships, in 16 bit."""
     out = tmp_path_factory.mktemp("trained") / "tiny-moe-bf16"
     dequantize(open_source(Path(__file__).parent.parent / "examples/tiny_moe/model"), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_int4_decoded(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The INT4 sibling's values in 16 bit: what stock vLLM can serve on processors without AMX."""
+    out = tmp_path_factory.mktemp("trained") / "tiny-moe-CT-bf16"
+    dequantize(Int4Source(tiny_int4), out)
     return out
 
 

@@ -165,6 +165,17 @@ def test_what_is_not_known_is_not_guessed(qwen3_moe_int4: Path, case: str, monke
     assert message.endswith("; give a number")
 
 
+def test_drafts_with_weights_of_their_own_are_not_guessed(qwen3_moe_bf16: Path) -> None:
+    drafting = {"num_speculative_tokens": 2}
+    with_text = config_of(qwen3_moe_bf16, speculative_config={**drafting, "method": "ngram", "prompt_lookup_max": 3})
+    assert device_estimate(with_text, AUTO, GIB) == device_estimate(config_of(qwen3_moe_bf16), AUTO, GIB)
+    draft = {**drafting, "method": "draft_model", "model": str(qwen3_moe_bf16)}
+    message = refusal(config_of(qwen3_moe_bf16, speculative_config=draft), GIB)
+    assert message.startswith(
+        "--moe-expert-cache-size auto: what the draft of speculative decoding (draft_model) takes"
+    )
+
+
 TWO_RANKS = """
 import os, sys
 from vllm.distributed.parallel_state import init_distributed_environment

@@ -11,6 +11,7 @@ from checkpoints import NUM_EXPERTS, TOP_K
 from engines import LoadedModel
 
 from vllm_hlwq.checkpoint.export import export_int4
+from vllm_hlwq.slot_audit import audit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,6 +106,9 @@ def test_loads_hit_what_was_loaded(checkpoint: Path) -> None:
     for name, field in bank.fields.items():
         for slot, expert in enumerate(experts):
             assert torch.equal(field[slot].cpu(), store.field(name)[expert])
+    assert audit(cache) == []
+    next(iter(bank.fields.values()))[0].zero_()
+    assert len(audit(cache)) == 1
 
 
 @pytest.mark.parametrize(("cache_size", "staging"), [(4, 0), (1, 0), (4, 3), (8, 1)])

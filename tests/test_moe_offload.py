@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import NUM_EXPERTS, TOP_K
+from checkpoints import NUM_EXPERTS, TOP_K, write_glm4_moe_with_mtp
 from engines import LoadedModel
 from transformers import AutoModelForCausalLM
 
@@ -162,3 +162,12 @@ def test_padding_ids_are_no_expert(qwen3_moe_bf16: Path) -> None:
     alone = torch.empty(1, 128, dtype=torch.bfloat16)
     cache.step(hidden[2:], weights[2:, 1:], ids[2:, 1:], alone)
     torch.testing.assert_close(output[2:], alone)
+
+
+def test_a_correction_of_the_routers_choice_is_no_experts_weight(tmp_path: Path) -> None:
+    model = write_glm4_moe_with_mtp(tmp_path)
+    cached, stock = LoadedModel(model, 4), LoadedModel(model, 0)
+    bias = cached.runners[0].routed_experts.e_score_correction_bias
+    assert torch.equal(bias, torch.linspace(0, 0.2, NUM_EXPERTS))
+    for step in steps():
+        torch.testing.assert_close(cached.run(0, *step), stock.run(0, *step), rtol=0.02, atol=0.02)

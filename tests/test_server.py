@@ -13,43 +13,24 @@ import pytest
 import torch
 from corpus import documents
 from openai import OpenAI
+from served_tokens import NEW_TOKENS, PROMPTS, SHIPPED, assert_chosen_by, greedy_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_hlwq.bench.server import Server
-from vllm_hlwq.checkpoint.dequantize import dequantize
-from vllm_hlwq.checkpoint.int4_source import Int4Source
+from vllm_hlwq.bench.teacher_forcing import prompt_logprobs
 
 pytestmark = pytest.mark.server
 
-SHIPPED = Path(__file__).parent.parent / "examples/tiny_moe/model"
 EXPERTS = 16
 RECORD_BYTES = 3 * 256 * 192 // 2 + 3 * 256 * 192 // 64 * 2  # three matrices: packed codes and BF16 scales
 COMMON = ("--max-model-len", "1024", "--max-num-seqs", "8", "--served-model-name", "tiny")
 EAGER = (*COMMON, "--enforce-eager")
-PROMPTS = [
-    "The import statement",
-    "class Queue:\n    def __init__(self",
-    "def main():\n    parser = argparse.ArgumentParser(",
-    "Raised when an operation",
-    "A list comprehension consists of",
-    "    @property\n    def name(self):\n",
-    "If the file cannot be",
-    '"""Utilities for',
-]
-NEW_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
 def cached(tiny_int4: Path) -> Iterator[Server]:
     with Server(tiny_int4, "--moe-expert-cache-size", "4", *EAGER) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def bf16(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained-bf16")
-    dequantize(Int4Source(tiny_int4), out)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -60,39 +41,6 @@ def greedy(cached: Server) -> list[list[int]]:
 def test_the_coded_checkpoint_itself_serves_the_tokens_of_its_sibling(greedy: list[list[int]]) -> None:
     with Server(SHIPPED, "--moe-expert-cache-size", "4", *EAGER) as server:
         assert greedy_tokens(server) == greedy
-
-
-def greedy_tokens(server: Server) -> list[list[int]]:
-    """Greedy continuation of each prompt, one request at a time."""
-    tokens = []
-    for prompt in PROMPTS:
-        body = {
-            "model": "tiny", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0,
-            "ignore_eos": True, "return_token_ids": True,
-        }  # fmt: skip
-        tokens.append(server.post("/v1/completions", body)["choices"][0]["token_ids"])
-    return tokens
-
-
-def prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict]]:
-    """For each position after the first: log probability and rank of the prompt's token and of the likeliest one."""
-    body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-    entries: list[dict[str, dict]] = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
-    return entries[1:]
-
-
-def assert_chosen_by(server: Server, sequences: list[list[int]], minimum: float) -> None:
-    """At least ``minimum`` of the sequences' new tokens are the server's first choice too, any other a near-tie."""
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    agreed = total = 0
-    for prompt, tokens in zip(PROMPTS, sequences, strict=True):
-        entries = prompt_logprobs(server, tokenizer.encode(prompt) + tokens)[-len(tokens) :]
-        for token, entry in zip(tokens, entries, strict=True):
-            gap = max(e["logprob"] for e in entry.values()) - entry[str(token)]["logprob"]
-            assert gap < 0.1, f"{prompt!r}: token {token} is {gap:.3f} nats below the server's first choice"
-            agreed += gap == 0
-            total += 1
-    assert agreed / total >= minimum, f"{agreed} of {total} tokens agree"
 
 
 def test_the_log_states_layers_slots_and_bytes(cached: Server) -> None:
@@ -123,20 +71,20 @@ def test_greedy_tokens_are_the_same_at_every_cache_size(
         assert greedy_tokens(server) == greedy
 
 
-def test_tokens_agree_with_stock_vllm_on_the_bf16_model(bf16: Path, greedy: list[list[int]]) -> None:
-    with Server(bf16, *EAGER) as stock:
+def test_tokens_agree_with_stock_vllm_on_the_bf16_model(tiny_int4_decoded: Path, greedy: list[list[int]]) -> None:
+    with Server(tiny_int4_decoded, *EAGER) as stock:
         assert "Expert cache" not in stock.log
         assert not any("moe_expert" in name for name, _ in stock.metrics())
         assert_chosen_by(stock, greedy, minimum=0.99)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler, g++ is not there")
-def test_the_compiled_server_agrees_with_compiled_stock_vllm(tiny_int4: Path, bf16: Path) -> None:
+def test_the_compiled_server_agrees_with_compiled_stock_vllm(tiny_int4: Path, tiny_int4_decoded: Path) -> None:
     # Like with like: compiling changes the rounding of vLLM's own layers, enough to turn a router's near-tie.
     with Server(tiny_int4, "--moe-expert-cache-size", "4", *COMMON) as server:
         tokens = greedy_tokens(server)
         assert server.expert_cache_counters()["hits"] > 0
-    with Server(bf16, *COMMON) as stock:
+    with Server(tiny_int4_decoded, *COMMON) as stock:
         assert_chosen_by(stock, tokens, minimum=0.99)
 
 
@@ -162,9 +110,9 @@ def test_eight_streams_at_once_say_what_they_say_alone(cached: Server) -> None:
     assert_chosen_by(cached, sequences, minimum=0.97)
 
 
-def test_held_out_perplexity_equals_transformers(cached: Server, bf16: Path) -> None:
+def test_held_out_perplexity_equals_transformers(cached: Server, tiny_int4_decoded: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    model = AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_int4_decoded, dtype=torch.bfloat16)
     windows = []
     for name, text in documents("held-out"):
         ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]

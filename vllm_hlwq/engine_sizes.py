@@ -28,6 +28,8 @@ from .sizing import (
 KV_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of a value in the KV cache, of the dtypes that store nothing but values; ``auto`` is the model's."""
 MODALITIES = ("image", "video", "audio")
+DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")
+"""vLLM's speculative decoding without weights of its own."""
 
 
 def device_demand(vllm_config: Any, options: ExpertCacheOptions, device_bytes: int) -> DeviceDemand:
@@ -70,6 +72,9 @@ def device_estimate(vllm_config: Any, options: ExpertCacheOptions, device_bytes:
             "what encoders of images and sound need while they run is not known; serve without them "
             "(--language-model-only)"
         )
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method not in DRAFTS_FROM_TEXT:
+        raise UnknownSizes(f"what the draft of speculative decoding ({drafts.method}) takes is not known")
     dense = DenseModel(
         bytes=rank.model.dense_bytes // vllm_config.parallel_config.tensor_parallel_size,
         whole_bytes=rank.model.dense_bytes,

@@ -90,7 +90,8 @@ class OffloadedLayer:
             ExpertCacheError: a parameter is not of the format, or has no expert dimension, so that slots could not
                 hold an expert's part of it.
         """
-        declared = dict(self.named_parameters(recurse=False))
+        # A router's parameters that vLLM hangs on the layer too, like a correction of its choice, are left alone.
+        declared = {name: p for name, p in self.named_parameters(recurse=False) if name in stored}
         for name, parameter in declared.items():
             if name not in expert_format.carried | expert_format.loader_only:
                 raise ExpertCacheError(
@@ -184,7 +185,7 @@ class OffloadedLayer:
         if self._expects_all_weights and not self.restored:
             self.loaded.check_complete()
         device = torch.device(self.moe_config.device)
-        for name in [name for name, _ in self.named_parameters(recurse=False)]:
+        for name in [name for name, p in self.named_parameters(recurse=False) if hasattr(p, "expert_field")]:
             delattr(self, name)
         store, self.store = self.store, None
         records = None if self.restored else self._loading.records

@@ -24,6 +24,7 @@ from .metrics_publisher import MetricsPublisher, start_publisher
 from .moe_offload import OffloadedLayer, OffloadedRoutedExperts, cached_layers
 from .options import AUTO, ExpertCacheOptions
 from .record_cache import check_folder
+from .slot_audit import audit
 from .trace_recorder import TraceRecorder, check_trace_file, make_recorder
 from .vllm_compat import borrow
 from .warm_start import WarmStart
@@ -149,6 +150,13 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
     def expert_cache_counters(self) -> dict[str, dict[str, int]]:
         """Counters of each layer by layer name; reachable through vLLM's ``collective_rpc``."""
         return {name: cache.counts() for name, cache in self._caches().items()}
+
+    def expert_cache_faults(self) -> list[str]:
+        """What is wrong with slot tables, counters and slots' bytes; reachable through vLLM's ``collective_rpc``.
+
+        Copies all slots to the host between two steps, so it is for tests and diagnosis.
+        """
+        return [f"{name}: {fault}" for name, cache in self._caches().items() for fault in audit(cache)]
 
     def expert_cache_sizes(self) -> dict[str, int | str]:
         """What the caches hold, in numbers; reachable through vLLM's ``collective_rpc``."""

@@ -1,0 +1,34 @@
+"""Is a token sequence what a server says? Judged position by position, with the sequence itself as the past.
+
+Greedy sequences of two engines part for good at the first near-tie that falls the other way, and batches change the
+rounding of vLLM's own dense layers enough for that. So a sequence is put to the judge as a prompt: each token of it is
+compared with the judge's first choice after the same past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .server import Server
+
+NEAR_TIE = 0.1
+"""Nats. Closer choices can fall either way with another order of summation; a wrong expert's are farther apart."""
+
+
+def prompt_logprobs(server: Server, ids: Sequence[int]) -> list[dict[str, dict[str, Any]]]:
+    """For each position after the first: log probability and rank of the prompt's token and of the likeliest one."""
+    body = {"model": "tiny", "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+    entries: list[dict[str, dict[str, Any]]] = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
+    return entries[1:]
+
+
+def gaps(server: Server, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """How far each of ``tokens``, which follow ``prompt``, is below the server's first choice there, in nats."""
+    if not tokens:
+        return []
+    entries = prompt_logprobs(server, [*prompt, *tokens])[-len(tokens) :]
+    return [
+        max(entry["logprob"] for entry in found.values()) - float(found[str(token)]["logprob"])
+        for token, found in zip(tokens, entries, strict=True)
+    ]
