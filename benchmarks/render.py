@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import render_hlwq
 from kv_cache_bars import kv_bars
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
@@ -316,6 +317,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sizing": sizing,
     "kv_cache": kv_cache,
     "routing_traces": routing_traces,
+    "hlwq_linear": lambda result: render_hlwq.hlwq_linear(result, machine(result["linear"]["environment"])),
+    "hlwq_load": lambda result: render_hlwq.hlwq_load(result, machine(result["environment"])),
 }
 
 
