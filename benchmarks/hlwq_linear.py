@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -33,7 +34,7 @@ SIDE, BLOCK_SIZE, BITS = 4096, 128, 5
 WEIGHTS = {"cpu": 4, "cuda": 16}
 """Enough that BF16's exceed the last cache of a GPU."""
 TOKENS = (1, 8, 64, 512)
-REPEATS = 15
+REPEATS = {"linear": 101, "load": 15}
 SLOWER_AT_64 = 3.0
 SLOWER_AT_1_ON_CUDA = 1.0
 SHARE_OF_CODEC = 0.8
@@ -41,10 +42,10 @@ LOADED = {"vocab_size": 8192, "hidden_size": 2048, "intermediate_size": 8192, "n
           "num_attention_heads": 16, "num_key_value_heads": 16}  # fmt: skip
 
 
-def in_turn(tasks: dict[str, Callable[[int], object]], clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each task over ``REPEATS`` numbered runs, in turn, after two that do not count."""
+def in_turn(tasks: dict[str, Callable[[int], object]], clock: Callable[[], float], repeats: int) -> dict[str, float]:
+    """Median seconds of each task over numbered runs, in turn, after two that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(REPEATS + 2):
+    for number in range(repeats + 2):
         for name, task in tasks.items():
             start = clock()
             task(number)
@@ -77,10 +78,18 @@ def measure_linear() -> dict[str, Any]:
             rows.append({"tokens": tokens, "clock": "device", **_compared(seconds)})
             continue
         with torch.no_grad():
-            rows.append({"tokens": tokens, "clock": "wall", **_compared(in_turn(tasks, time.perf_counter))})
+            rows.append(
+                {"tokens": tokens, "clock": "wall", **_compared(in_turn(tasks, time.perf_counter, REPEATS["linear"]))}
+            )
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # more would spin in wait for one another, which is processor time too
-            rows.append({"tokens": tokens, "clock": "one processor", **_compared(in_turn(tasks, time.process_time))})
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "clock": "one processor",
+                    **_compared(in_turn(tasks, time.process_time, REPEATS["linear"])),
+                }
+            )
             torch.set_num_threads(threads)
     bits = 8 * sum(part.nbytes for part in parts[0]) / SIDE**2
     return {"side": SIDE, "bits_per_weight": bits, "weights": count, "rows": rows}
@@ -118,8 +127,8 @@ def measure_load() -> dict[str, Any]:
         def load(_: int) -> None:
             AutoModelForCausalLM.from_pretrained(coded)
 
-        seconds = in_turn({"load": load, "codec": decode}, time.perf_counter)
-        processor = in_turn({"load": load, "codec": decode}, time.process_time)
+        seconds = in_turn({"load": load, "codec": decode}, time.perf_counter, REPEATS["load"])
+        processor = in_turn({"load": load, "codec": decode}, time.process_time, REPEATS["load"])
     return {
         "weights": weights,
         **{f"{name}_seconds": round(value, 4) for name, value in seconds.items()},
@@ -151,7 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
     parts = {"linear": measure_linear, "load": measure_load}
     result: dict[str, Any] = {
-        name: {"environment": environment.describe(), **measure()}
+        name: {"environment": environment.describe(), "load_average_before": os.getloadavg()[0], **measure()}
         for name, measure in parts.items()
         if arguments.part in (None, name)
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import tempfile
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=3, help="decoder layers; 3 make 0.56 GiB of BF16 experts")
     parser.add_argument("--repeats", type=int, default=3, help="starts of each server")
     arguments = parser.parse_args()
+    load_average = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="hlwq-load-") as scratch:
         folder = Path(scratch)
         expert_bytes = make_models(folder, arguments.layers)
@@ -136,6 +138,7 @@ def main() -> int:
                 print(name, found[-1])
     result = {
         "environment": environment.describe(),
+        "load_average_before": load_average,
         "expert_bytes_bf16": arguments.layers * EXPERTS * 3 * WIDTH * 1024 * 2,
         "expert_bytes_int4": expert_bytes,
         "parts": parts,

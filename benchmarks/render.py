@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import render_hlwq
 from gpu_acceptance import all_criteria
 from kv_cache_bars import kv_bars
 from soak_report import soak
@@ -398,6 +399,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "warm_start": warm_start,
     "start_up": start_up,
     "soak": lambda result: f"{soak(result)}\n({machine(result['environment'])}; made by `benchmarks/soak.py`.)\n",
+    "hlwq_linear": lambda result: render_hlwq.hlwq_linear(result, machine(result["linear"]["environment"])),
+    "hlwq_load": lambda result: render_hlwq.hlwq_load(result, machine(result["environment"])),
 }
 
 

@@ -12,6 +12,10 @@ def _verdict(holds: bool) -> str:
     return "holds" if holds else "**missed**"
 
 
+def _shared(load_average: float) -> str:
+    return f"other work of lower priority on the same cores, load average {load_average:.0f} before"
+
+
 def hlwq_linear(result: dict[str, Any], machine: str) -> str:
     linear, load = result["linear"], result["load"]
     rows = "".join(
@@ -29,7 +33,8 @@ def hlwq_linear(result: dict[str, Any], machine: str) -> str:
         f"every SHA-256 sum checked: {load['load_seconds']:.2f} s, the codec's own decoding of them "
         f"{load['codec_seconds']:.2f} s. That is {load['share_of_codec']:.0%} of the codec's rate by the clock; at "
         f"least {SHARE_LIMIT:.0%}: {_verdict(load['share_of_codec'] >= SHARE_LIMIT)}. By processor time it is "
-        f"{load['share_of_codec_processor']:.0%}.\n\n({machine}; made by `benchmarks/hlwq_linear.py`.)\n"
+        f"{load['share_of_codec_processor']:.0%}.\n\n({machine}; {_shared(linear['load_average_before'])}; "
+        "made by `benchmarks/hlwq_linear.py`.)\n"
     )
 
 
@@ -48,8 +53,8 @@ def hlwq_load(result: dict[str, Any], machine: str) -> str:
         f"{rows}\nLoading takes {result['loading_ratio']:.2f} times as long; at most {LOADING_LIMIT:.0f}: "
         f"{_verdict(result['loading_ratio'] <= LOADING_LIMIT)}. The start as a whole takes "
         f"{result['ready_ratio']:.2f} times as long. The peak is {result['peak_over_limit']:.2f} of the INT4 experts + "
-        f"2 GiB, its limit: {_verdict(result['peak_over_limit'] <= 1)}.\n\n"
+        f"2 GiB, its limit, in the worst start: {_verdict(result['peak_over_limit'] <= 1)}.\n\n"
         f"By themselves, in processor seconds: decoding {parts['decode_processor']:.2f}, decoding and quantising to "
         f"INT4 {parts['decode_and_quantise_processor']:.2f}.\n\n"
-        f"({machine}; made by `benchmarks/hlwq_load.py`.)\n"
+        f"({machine}; {_shared(result['load_average_before'])}; made by `benchmarks/hlwq_load.py`.)\n"
     )

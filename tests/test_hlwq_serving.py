@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.quantize import quantize
 from vllm_hlwq.checkpoint.reader import HlwqSource
 from vllm_hlwq.errors import CheckpointError
+from vllm_hlwq.hlwq_serving import HlwqLoader
 
 CACHE_SIZE = 4
 
@@ -66,6 +68,22 @@ def test_a_dense_model_is_that_of_the_decoded_checkpoint(dense_bf16: Path, tmp_p
     dequantize(HlwqSource(tmp_path / "coded"), tmp_path / "bf16")
     direct, decoded = (LoadedModel(tmp_path / name, 0) for name in ("coded", "bf16"))
     assert_same_weights(weights(direct), weights(decoded))
+
+
+def test_the_log_gives_the_seconds_of_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaders = []
+    load = HlwqLoader.load_weights
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        loaders.append(self)
+        return load(self, *arguments)
+
+    monkeypatch.setattr(HlwqLoader, "load_weights", watched)
+    start = time.perf_counter()
+    LoadedModel(pair[0], CACHE_SIZE)
+    (loader,) = loaders
+    logged = loader.counter_after_loading_weights - loader.counter_before_loading_weights
+    assert 0 < logged < time.perf_counter() - start
 
 
 def copy_with(coded: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:

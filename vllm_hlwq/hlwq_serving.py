@@ -7,6 +7,7 @@ imports it when it unpickles its configuration.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,8 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by their names in the checkpoint, decoded where the model computes."""
+        # vLLM starts this clock where it opens files; else its log gives the machine's uptime as seconds of loading.
+        self.counter_before_loading_weights = time.perf_counter()
         folder = local_folder(model_config.model, model_config.revision)
         device = torch.device("cuda" if borrow("current_platform").is_cuda() else "cpu")
         yield from with_torch_defaults(self._tensors(folder, device))
