@@ -68,7 +68,8 @@ class Load:
 
     async def _run(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        connector = aiohttp.TCPConnector(limit=0)
+        # Without keep-alive: a request on a connection that the server is about to close would fail, and prove nothing.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(600)) as self.session:
             clients = [self._client(random.Random(f"{self.seed} {number}"), deadline) for number in range(CLIENTS)]
             await asyncio.gather(self._bursts(random.Random(self.seed), deadline), *clients)
@@ -111,9 +112,13 @@ class Load:
         self.heard.append(Heard(prompt, (), "left"))
 
     async def _answer(self, prompt: Prompt) -> None:
-        async with self.session.post(f"{self.url}/v1/completions", json=body(prompt, stream=False)) as answer:
-            (choice,) = (await answer.json())["choices"]
-            self.heard.append(Heard(prompt, tuple(choice["token_ids"]), choice["finish_reason"]))
+        try:
+            async with self.session.post(f"{self.url}/v1/completions", json=body(prompt, stream=False)) as answer:
+                answer.raise_for_status()
+                (choice,) = (await answer.json())["choices"]
+                self.heard.append(Heard(prompt, tuple(choice["token_ids"]), choice["finish_reason"]))
+        except aiohttp.ClientError as error:
+            self.heard.append(Heard(prompt, (), f"{type(error).__name__}: {error}"))
 
     async def _abort(self, chance: random.Random) -> None:
         """Have the server abort the request by its id, from another connection."""

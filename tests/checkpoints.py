@@ -183,7 +183,7 @@ def write_glm4_moe_with_mtp(out: Path) -> Path:
     weights = load_file(out / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            tensor.mul_(0.3)
+            tensor.mul_(0.02)
         if name.endswith("e_score_correction_bias"):
             tensor.copy_(torch.linspace(0, 0.2, NUM_EXPERTS))  # or the router chooses as if there was none
     last, drafting, hidden = "model.layers.1.", "model.layers.2.", config.hidden_size
