@@ -20,14 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from load_memory import CACHE_SIZE, LOADED, memory_of, model_config, write_tokenizer
+from load_memory import model_config, start_watched, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from vllm_hlwq.bench import environment
-from vllm_hlwq.bench.memory import PeakSampler
-from vllm_hlwq.bench.server import Server
 from vllm_hlwq.checkpoint.export import Int4Export, export_int4
 from vllm_hlwq.checkpoint.quantize import quantize
 from vllm_hlwq.checkpoint.reader import HlwqSource
@@ -58,16 +55,7 @@ def make_models(folder: Path, layers: int) -> int:
 def serve(model: Path) -> dict[str, float]:
     """Start a server; seconds of loading weights, until it answers, and the loading process' peak in bytes."""
     start = time.monotonic()
-    server = Server(
-        model, "--moe-expert-cache-size", str(CACHE_SIZE), "--max-model-len", "512", "--enforce-eager",
-        "--served-model-name", "m",
-    )  # fmt: skip
-    process = psutil.Process(server.process.pid)
-    peak = PeakSampler(
-        lambda: max((outside_files for _, outside_files in memory_of(process)), default=0),
-        lambda: LOADED in server.log or server.process.poll() is not None,
-    )
-    peak.start()
+    server, peak = start_watched(model)
     with server:
         ready = time.monotonic() - start
         peak.join()

@@ -134,19 +134,25 @@ def memory_of(process: psutil.Process) -> list[tuple[int, int]]:
     return found
 
 
-def measure(model: Path) -> dict[str, int]:
-    """Serve a checkpoint and answer one request; bytes at the peak of loading and afterwards."""
+def start_watched(model: Path) -> tuple[Server, PeakSampler]:
+    """Start serving a checkpoint, and sample the process that holds most memory until the experts are loaded."""
     server = Server(
         model, "--moe-expert-cache-size", str(CACHE_SIZE), "--max-model-len", "512", "--enforce-eager",
         "--served-model-name", "m",
     )  # fmt: skip
     process = psutil.Process(server.process.pid)
-    # The process that holds most memory, until the log says that the experts are loaded.
     peak = PeakSampler(
         lambda: max((outside_files for _, outside_files in memory_of(process)), default=0),
         lambda: LOADED in server.log or server.process.poll() is not None,
     )
     peak.start()
+    return server, peak
+
+
+def measure(model: Path) -> dict[str, int]:
+    """Serve a checkpoint and answer one request; bytes at the peak of loading and afterwards."""
+    server, peak = start_watched(model)
+    process = psutil.Process(server.process.pid)
     with server:
         peak.join()
         server.post("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
