@@ -18,6 +18,7 @@ from typing import Any
 import render_hlwq
 from gpu_acceptance import all_criteria
 from kv_cache_bars import kv_bars
+from soak_report import soak
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
 
@@ -397,6 +398,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "routing_traces": routing_traces,
     "warm_start": warm_start,
     "start_up": start_up,
+    "soak": lambda result: f"{soak(result)}\n({machine(result['environment'])}; made by `benchmarks/soak.py`.)\n",
     "hlwq_linear": lambda result: render_hlwq.hlwq_linear(result, machine(result["linear"]["environment"])),
     "hlwq_load": lambda result: render_hlwq.hlwq_load(result, machine(result["environment"])),
 }
