@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import engine_config
@@ -35,19 +38,31 @@ def test_several_nodes_are_admitted(qwen3_moe_bf16: Path, log: list[str]) -> Non
     assert log == ["Expert cache metrics on /metrics cover only the workers on this machine"]
 
 
-def test_workers_of_ray_are_ours(qwen3_moe_bf16: Path, log: list[str]) -> None:
-    config = engine_config(qwen3_moe_bf16, 4)
-    # As if Ray was there: vLLM looks for it when it makes the configuration.
+def config_for_ray(model: Path) -> Any:
+    """As if Ray was there: vLLM looks for it when it makes the configuration."""
+    config = engine_config(model, 4)
     object.__setattr__(config.parallel_config, "distributed_executor_backend", "ray")
-    check_engine_config(config, OPTIONS)
-    _warn_of_other_machines(config.parallel_config)
-    assert log == ["Expert cache metrics on /metrics cover only the workers on this machine"]
-    # vLLM's Ray actors are wrappers that make the worker which the configuration names.
+    return config
+
+
+def worker_of_an_actor(model: Path) -> type:
+    """vLLM's Ray actors are wrappers that make the worker which the configuration names."""
+    config = config_for_ray(model)
     wrapper = WorkerWrapperBase(rpc_rank=0)
     wrapper.init_worker(
         [{"vllm_config": config, "local_rank": 0, "rank": 0, "distributed_init_method": "", "is_driver_worker": True}]
     )
-    assert isinstance(wrapper.worker, ExpertCacheWorker)
+    return type(wrapper.worker)
+
+
+def test_workers_of_ray_are_ours(qwen3_moe_bf16: Path, log: list[str]) -> None:
+    config = config_for_ray(qwen3_moe_bf16)
+    check_engine_config(config, OPTIONS)
+    _warn_of_other_machines(config.parallel_config)
+    assert log == ["Expert cache metrics on /metrics cover only the workers on this machine"]
+    # In a process of its own: vLLM's CPU workers do not start where numba is imported, as by tests before this one.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(worker_of_an_actor, qwen3_moe_bf16).result() is ExpertCacheWorker
 
 
 def rows() -> list[list[str]]:

@@ -92,6 +92,7 @@ class OffloadedLayer:
         """
         # A router's parameters that vLLM hangs on the layer too, like a correction of its choice, are left alone.
         declared = {name: p for name, p in self.named_parameters(recurse=False) if name in stored}
+        self._declared = tuple(declared)
         for name, parameter in declared.items():
             if name not in expert_format.carried | expert_format.loader_only:
                 raise ExpertCacheError(
@@ -185,7 +186,7 @@ class OffloadedLayer:
         if self._expects_all_weights and not self.restored:
             self.loaded.check_complete()
         device = torch.device(self.moe_config.device)
-        for name in [name for name, p in self.named_parameters(recurse=False) if hasattr(p, "expert_field")]:
+        for name in self._declared:
             delattr(self, name)
         store, self.store = self.store, None
         records = None if self.restored else self._loading.records
