@@ -112,8 +112,11 @@ class Layer:
         buffers = backend.buffers(*self._workspaces, tokens * top_k)
         hidden, weights, output = self.hidden[:tokens], self.weights[:tokens], self.output[:tokens]
         banks, waves = [cache.slot_bank], [[backend.align(step, experts)] for step in ids]
-        parts: dict[str, Part] = {"combine": lambda number: backend.combine(buffers.out_rows, ids[number], output)}
-        if cache.table is None:
+        resident = cache.table is None
+        parts: dict[str, Part] = {
+            "combine": lambda number: backend.combine(buffers.out_rows, ids[number], output, all_written=resident)
+        }
+        if resident:
             parts["align"] = lambda number: backend.align(ids[number], experts)
         else:
             for number, step in enumerate(ids):

@@ -59,7 +59,8 @@ ARGUMENTS = (
     "24", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
 )  # fmt: skip
 CACHE = ("--moe-expert-cache-size", "4")
-SHORT_PROMPTS, LONG_PROMPTS = 16, 4
+SHORT_PROMPTS, LONG_PROMPTS, LASTING_PROMPTS = 16, 4, 4
+LASTING_TOKENS = 200
 AUDIT_SECONDS = 5
 FAULT_TOKENS = 900
 STREAM_TRANSCRIPT = 100
@@ -105,9 +106,10 @@ def loaded(server: Server, short: Sequence[Prompt], long: Sequence[Prompt], minu
     Returns:
         Findings, the transcript of the server before the load, and what clients heard.
     """
-    reference = transcript(server, [*short, *long])
+    lasting = [Prompt(prompt.ids, LASTING_TOKENS) for prompt in short[:LASTING_PROMPTS]]
+    reference = transcript(server, [*short, *long, *lasting])
     alone = [Heard(prompt, tokens, "length") for prompt, tokens in reference.items()]
-    load = Load(server.url, short, long, seed)
+    load = Load(server.url, short, long, lasting, seed)
     memory, auditor = MemoryWatch(server, min(2.0, minutes * 60 / 30)), Auditor(server)
     load.run(minutes * 60)
     audits, grown = auditor.stop(), memory.stop()

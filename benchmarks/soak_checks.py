@@ -15,7 +15,7 @@ from vllm_hlwq.bench.teacher_forcing import NEAR_TIE, gaps
 
 GROWTH_BYTES = 64 * 2**20
 """More than that between the medians of a load's middle and last third counts as a leak of a process."""
-WARMING_MINUTES, WARMING_BYTES = 5, 2**30
+WARMING_MINUTES, WARMING_BYTES = 10, 2**30
 """Shorter loads are over before torch has kept what it keeps for each shape; growth beyond that is a leak even so."""
 SETTLE_SECONDS = 10
 
@@ -119,9 +119,7 @@ def faults_of_counters(
     usage, generated = metrics["vllm:kv_cache_usage_perc"], metrics["vllm:generation_tokens_total"]
     length, abort = (metrics.get(f"vllm:request_success_total {reason}", 0.0) for reason in ("length", "abort"))
     ends = Counter(one.end for one in heard)
-    # Who leaves before the first token may not have reached the engine; who leaves later may have been answered in
-    # full before the server notices.
-    certain = sum(one.end != "left" or bool(one.tokens) for one in heard)
+    # Who leaves can have been answered in full before the server notices. What was aborted vLLM does not count at all.
     tokens = sum(len(one.tokens) for one in heard)
     claims = [
         (f"{counters['queries']} queries = {answered} hits, admitted and staged", counters["queries"] == answered > 0),
@@ -132,7 +130,6 @@ def faults_of_counters(
         (f"{ends['length']} answers <= {length:.0f} requests in full", ends["length"] <= length),
         (f"{length:.0f} requests in full <= {ends['length']} answers and {ends['left']} who left",
          length <= ends["length"] + ends["left"]),
-        (f"{certain} requests with an answer <= {length + abort:.0f} ended", certain <= length + abort),
         (f"{length + abort:.0f} requests ended <= {len(heard)} begun", length + abort <= len(heard)),
         (f"{tokens} tokens heard <= {generated:.0f} generated", tokens <= generated),
     ]  # fmt: skip

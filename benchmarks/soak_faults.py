@@ -20,7 +20,9 @@ from soak_processes import Leftovers, leftovers, mapped_shared_memory, role_of, 
 from vllm_hlwq.bench.server import Server
 
 STREAMS = 8
-STREAMING_SECONDS = 1.5
+STREAMED_TOKENS = 100
+"""Of all streams together, heard before the fault."""
+STREAMING_SECONDS = 60
 PATIENCE_SECONDS = 5
 """After which clients hang up. vLLM's server waits for open streams when it is told to end, and it can have cancelled
 the task that would have fed them."""
@@ -82,13 +84,15 @@ def strike(server: Server, name: str, prompt: Prompt, folder: Path) -> tuple[Fau
     struck = the(server, FAULTS[name])
     shared = mapped_shared_memory(processes)
     log_before = len(server.log)
-    load = Load(server.url, [prompt], [], 0)
+    load = Load(server.url, [prompt], [], [], 0)
     started: list[float] = []
 
     async def happen() -> None:
         async with aiohttp.ClientSession() as load.session:
             streams = [asyncio.ensure_future(load.hear(prompt)) for _ in range(STREAMS)]
-            await asyncio.sleep(STREAMING_SECONDS)
+            async with asyncio.timeout(STREAMING_SECONDS):
+                while load.streamed < STREAMED_TOKENS:
+                    await asyncio.sleep(0.01)
             started.append(time.monotonic())
             os.kill(struck.pid, signal.SIGTERM if name == "SIGTERM" else signal.SIGKILL)
             _, open_streams = await asyncio.wait(streams, timeout=PATIENCE_SECONDS)

@@ -19,6 +19,8 @@ import aiohttp
 CLIENTS = 6
 BURST = 64
 BURST_SECONDS = 15
+ABORTED_TOKENS = 30
+"""Before which an abort is asked for; it takes effect some later."""
 MODEL = "tiny"
 HUNG = "hung"
 """How a stream ended that did not."""
@@ -47,20 +49,24 @@ class Load:
 
     Args:
         url: the server's base URL.
-        short, long: prompts to choose from.
+        short, long: prompts to choose from, short ones and long ones.
+        lasting: prompts whose answers take long enough for an abort to come in time.
         seed: of the choices.
 
     Attributes:
         heard: every request that has ended.
         kinds: how many of each kind were begun.
+        streamed: tokens that clients have heard of streams so far.
     """
 
     url: str
     short: Sequence[Prompt]
     long: Sequence[Prompt]
+    lasting: Sequence[Prompt]
     seed: int
     heard: list[Heard] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
+    streamed: int = 0
 
     def run(self, seconds: float) -> None:
         """Load the server for so long, then wait for what is under way."""
@@ -68,8 +74,8 @@ class Load:
 
     async def _run(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        # Without keep-alive: a request on a connection that the server is about to close would fail, and prove nothing.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        # Idle connections go before the server closes them, in 5 s: a request on one would fail and prove nothing.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(600)) as self.session:
             clients = [self._client(random.Random(f"{self.seed} {number}"), deadline) for number in range(CLIENTS)]
             await asyncio.gather(self._bursts(random.Random(self.seed), deadline), *clients)
@@ -123,8 +129,7 @@ class Load:
     async def _abort(self, chance: random.Random) -> None:
         """Have the server abort the request by its id, from another connection."""
         self._count("abort")
-        prompt = chance.choice(self.short)
-        await self.hear(prompt, abort_after=chance.randrange(prompt.new_tokens))
+        await self.hear(chance.choice(self.lasting), abort_after=chance.randrange(ABORTED_TOKENS))
 
     async def hear(self, prompt: Prompt, leave_after: int | None = None, abort_after: int | None = None) -> None:
         """Stream one answer and note it; leave, or have it aborted, after more than so many tokens."""
@@ -137,7 +142,9 @@ class Load:
                     if "error" in chunk:
                         end = f"error: {chunk['error']}"
                         break
-                    tokens += chunk["choices"][0]["token_ids"] or []
+                    new = chunk["choices"][0]["token_ids"] or []
+                    tokens += new
+                    self.streamed += len(new)
                     end = chunk["choices"][0]["finish_reason"] or end
                     if leave_after is not None and len(tokens) > leave_after and end == HUNG:
                         end = "left"

@@ -62,11 +62,12 @@ class OneMatrix:
                     buffers.out_rows[row] = hidden_states[row // TOP_K] @ weight + bias
 
     def combine(
-        self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor, all_written: bool
+        self, out_rows: torch.Tensor, expert_ids: torch.Tensor, output: torch.Tensor, all_written: bool = False
     ) -> None:
-        assert not all_written, "rows that pad are not written"
         rows = out_rows.view(*expert_ids.shape, -1)
-        output.copy_(torch.where((expert_ids >= 0).unsqueeze(-1), rows, 0.0).sum(1))
+        # Rows that nobody has written are NaN, so a wrong all_written shows in the sum.
+        written = torch.ones_like(expert_ids, dtype=torch.bool) if all_written else expert_ids >= 0
+        output.copy_(torch.where(written.unsqueeze(-1), rows, 0.0).sum(1))
 
 
 def int32(values: list[int]) -> torch.Tensor:
