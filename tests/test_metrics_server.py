@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vllm_hlwq.bench.server import Server
+from vllm_hlwq.bench.server import ENVIRONMENT, VLLM, Server
 from vllm_hlwq.checkpoint.dequantize import open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.metrics import METRICS
@@ -101,6 +103,32 @@ def test_a_server_exposes_the_counters_of_its_run(single: Server) -> None:
     expected = {(f"{name}_total", ""): float(value) for name, value in run.items()}
     assert_soon_exposed(single, {**expected, ("slots", ""): LAYERS * SLOTS, ("usage_perc", ""): 1})
     assert single.metrics()["vllm:generation_tokens_total", tuple(sorted(LABELS.items()))] == 40
+
+
+def test_metrics_after_vllms_own_benchmark_are_the_counters_of_its_run(
+    single: Server, tiny_int4: Path, tmp_path: Path
+) -> None:
+    def metric(name: str) -> float:
+        return sum(value for (found, _), value in single.metrics().items() if found == name)
+
+    requests, new_tokens = 12, 16
+    before, tokens = totals(counters(single)[0]), metric("vllm:generation_tokens_total")
+    command = [
+        VLLM, "bench", "serve", "--base-url", single.url, "--model", "tiny", "--tokenizer", str(tiny_int4),
+        "--dataset-name", "random", "--random-input-len", "40", "--random-output-len", str(new_tokens),
+        "--num-prompts", str(requests), "--max-concurrency", "4", "--ignore-eos", "--disable-tqdm",
+        "--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **ENVIRONMENT})
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (requests, requests * new_tokens)
+    # The benchmark asks once, to see whether the server answers, before it begins.
+    assert metric("vllm:generation_tokens_total") - tokens in (requests * new_tokens, (requests + 1) * new_tokens)
+    run = totals(counters(single)[0])
+    assert all(run[name] > before[name] for name in COUNTED)
+    gauges = {("slots", ""): LAYERS * SLOTS, ("usage_perc", ""): 1}
+    assert_soon_exposed(single, {**{(f"{name}_total", ""): float(value) for name, value in run.items()}, **gauges})
 
 
 def log_parts(server: Server) -> list[tuple[float, float]]:
