@@ -28,6 +28,8 @@ EXPERTS_A_CALL = (1, 2, 4, 8, 16, 32, 64, 128)
 SWEPT_EXPERTS = (1, 8)
 QUICK_EXPERTS_A_CALL = (1, 8)
 PROGRAM_COUNTS = (4, 8, 16, 32, 64, 132)
+ROUNDS = 3
+"""Of copy engine and kernel in turn, of which the fastest count: others on the same host use its memory too."""
 SHARED_MEMORY_BYTES = 220 * 1024  # a block's most on Hopper, less what the barriers need
 
 
@@ -178,8 +180,11 @@ def measure(shape: MoeShape, swept: bool, cuda_cpp: str | None, quick: bool = Fa
     link.check(gather)
     rates = []
     for experts in (n for n in (QUICK_EXPERTS_A_CALL if quick else EXPERTS_A_CALL) if n <= shape.experts):
-        copy = max(link.copy_rate(experts, together) for together in (False, True)) / 1e9
-        rate = link.gather_rate(gather, experts) / 1e9
+        copies, gathers = [], []
+        for _ in range(ROUNDS):
+            copies += [link.copy_rate(experts, together) for together in (False, True)]
+            gathers.append(link.gather_rate(gather, experts))
+        copy, rate = max(copies) / 1e9, max(gathers) / 1e9
         rates.append({"experts": experts, "copy_gb_per_s": copy, "gather_gb_per_s": rate, "share": rate / copy})
     result: dict[str, Any] = {
         "record_bytes": link.layout.record_bytes,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import render_hlwq
-from gpu_acceptance import all_criteria
+from gpu_acceptance import all_criteria, link_rate
 from kv_cache_bars import kv_bars
 from soak_report import soak
 
@@ -201,7 +201,7 @@ def gpu_acceptance(result: dict[str, Any]) -> str:
     return (
         f"| promise | limit | measured | kept |\n|---|---|---|---|\n{rows}\n"
         f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
-        f"{result['link_bytes_per_second'] / 1e9:.1f} GB/s by copy engine, vLLM {environment['vllm']}, torch "
+        f"{link_rate(result) / 1e9:.1f} GB/s by copy engine, vLLM {environment['vllm']}, torch "
         f"{environment['torch']}, {environment['date']}; made by `benchmarks/gpu_acceptance.py`.)\n"
     )
 

@@ -71,11 +71,14 @@ def share_chosen(gaps: list[float]) -> float:
     return sum(gap == 0 for gap in gaps) / len(gaps)
 
 
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 MODES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     # vLLM's default takes long to start, so that a single cache size stands for it.
     "compiled": ({}, (4,)),
-    "graphs": ({"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}, (4, 1, 15, 16)),
-    "eager": ({"enforce_eager": True}, (4, 1, 15, 16)),
+    "graphs": (GRAPHS, (4, 16)),
+    "graphs-extremes": (GRAPHS, (1, 15)),
+    "eager": ({"enforce_eager": True}, (4, 16)),
+    "eager-extremes": ({"enforce_eager": True}, (1, 15)),
 }
 
 

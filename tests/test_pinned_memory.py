@@ -12,14 +12,18 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_hlwq.cudart import CudaError
+from vllm_hlwq.errors import ExpertCacheError
+from vllm_hlwq.expert_loading import LOCKING_THREADS, ExpertLoading
 from vllm_hlwq.host_store import HostStore, RecordLayout
 from vllm_hlwq.pinned_memory import HostRegion, describe_refusal, device_numa_node, prefer_node
+from vllm_hlwq.progress_bars import SILENT
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 NUMA_MAPS = Path("/proc/self/numa_maps")
@@ -121,6 +125,56 @@ def test_an_interrupted_load_leaves_nothing_page_locked() -> None:
     gc.collect()
     assert sorted(lock.released) == sorted(lock.sizes)
     assert len(lock.sizes) == 2
+    assert HostRegion.page_locked_bytes == 0
+
+
+def test_threads_page_lock_beside_the_loading() -> None:
+    lock, stores = MemoryLock(), [HostStore(3, LAYOUT) for _ in range(20)]
+    current = ExpertLoading(SILENT)
+    for store in stores:
+        current.page_lock(store, torch.device("cpu"), lock)
+    for store in stores:
+        store.page_lock()
+        assert store.device_address == store.address + (1 << 56)
+    assert lock.sizes == {store.address: store.nbytes for store in stores}
+    assert HostRegion.page_locked_bytes == 20 * stores[0].nbytes
+    current.close()
+    del store, stores
+    assert sorted(lock.released) == sorted(lock.sizes)
+    assert HostRegion.page_locked_bytes == 0
+
+
+def test_what_a_thread_may_not_page_lock_is_refused_where_the_layer_is_finished() -> None:
+    class Refusing(MemoryLock):
+        def host_register(self, address: int, nbytes: int) -> None:
+            raise CudaError("operation not permitted")
+
+    store, current = HostStore(3, LAYOUT), ExpertLoading(SILENT)
+    current.page_lock(store, torch.device("cpu"), Refusing())
+    with pytest.raises(ExpertCacheError, match=rf"^page-locking {store.nbytes} bytes .*operation not permitted"):
+        store.page_lock()
+    assert HostRegion.page_locked_bytes == 0
+
+
+def test_an_interrupted_loading_page_locks_no_more() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(MemoryLock):
+        def host_register(self, address: int, nbytes: int) -> None:
+            begun.set()
+            go_on.wait(60)
+            super().host_register(address, nbytes)
+
+    lock, stores, current = Slow(), [HostStore(3, LAYOUT) for _ in range(20)], ExpertLoading(SILENT)
+    for store in stores:
+        current.page_lock(store, torch.device("cpu"), lock)
+    begun.wait(60)
+    threading.Timer(0.1, go_on.set).start()
+    current.close()
+    assert 1 <= len(lock.sizes) <= LOCKING_THREADS
+    del store, stores
+    gc.collect()
+    assert sorted(lock.released) == sorted(lock.sizes)
     assert HostRegion.page_locked_bytes == 0
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +103,7 @@ class HostStore:
         self.layout = layout
         self.nbytes = num_experts * layout.record_bytes
         self.device_address: int | None = None
+        self._locking: Future[None] | None = None
         try:
             self._region = HostRegion(self.nbytes, None if device is None else nearest_numa_node(device))
         except (OSError, ValueError) as error:
@@ -130,6 +133,19 @@ class HostStore:
             raise ValueError(f"records of {self.layout.record_bytes} bytes cannot hold {layout.record_bytes}")
         self.layout = layout
 
+    def page_lock_on(self, executor: Executor, runtime: PageLocker | None, device: torch.device) -> None:
+        """Begin to page-lock on a thread of ``executor``; ``page_lock`` then waits for it.
+
+        Pages are made in the process, which takes as long as copying as many bytes; a loader that writes them
+        meanwhile finds them there.
+
+        Args:
+            executor: its threads lock.
+            runtime: by default the CUDA runtime of this process.
+            device: whose context the threads use.
+        """
+        self._locking = executor.submit(self._page_lock, runtime, device)
+
     def page_lock(self, runtime: PageLocker | None = None) -> None:
         """Register the region with CUDA until the store is gone or the process exits.
 
@@ -142,7 +158,15 @@ class HostStore:
         Raises:
             ExpertCacheError: the driver refuses, mostly because of a limit on locked memory.
         """
-        self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
+        if self._locking is None:
+            self._page_lock(runtime, None)
+        else:
+            self._locking.result()
+
+    def _page_lock(self, runtime: PageLocker | None, device: torch.device | None) -> None:
+        # A thread that has never chosen a device would make a context on the first one.
+        with nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device):
+            self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
 
 
 def nearest_numa_node(device: torch.device) -> int | None:

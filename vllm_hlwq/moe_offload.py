@@ -121,17 +121,21 @@ class OffloadedLayer:
         if self.store is None:
             self.store = HostStore(num_experts, layout, device)
         device_backend = self._backend if isinstance(self._backend, DeviceBackend) else None
+        locked = device_backend is not None and self.options.slots < num_experts
         self._loading.expect(
             self.store.nbytes,
             converted=device_backend is not None and not self.restored and device_backend.converts,
-            locked=device_backend is not None and self.options.slots < num_experts,
+            locked=locked,
             saved=not self.restored,
         )
+        if locked:
+            self._loading.page_lock(self.store, device)
         shapes = {name: stored[name] for name in carried}
         self.loaded = LoadedExperts(self.layer_name, expert_format, self.moe_config, num_experts, shapes, self.stacked)
         for name, parameter in {} if self.restored else declared.items():
-            spare = torch.ones_like(parameter, device="cpu")  # vLLM's loader takes another scale than 1 for loaded
-            placed = torch.nn.Parameter(self.store.field(name) if name in carried else spare, requires_grad=False)
+            # vLLM's loader takes another scale than 1 for loaded.
+            place = self.store.field(name) if name in carried else torch.ones_like(parameter, device="cpu")
+            placed = torch.nn.Parameter(place, requires_grad=False)
             placed.__dict__.update(parameter.__dict__)
             placed.expert_field = name if name in carried else None  # type: ignore[attr-defined]
             setattr(self, name, placed)

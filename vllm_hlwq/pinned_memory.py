@@ -12,6 +12,7 @@ import mmap
 import os
 import platform
 import resource
+import threading
 import weakref
 from pathlib import Path
 
@@ -33,7 +34,8 @@ class HostRegion:
     """
 
     page_locked_bytes = 0
-    """Bytes that all regions of this process have page-locked now."""
+    """Bytes that all regions of this process have page-locked now; of all threads, so changed under ``_counting``."""
+    _counting = threading.Lock()
 
     def __init__(self, nbytes: int, numa_node: int | None = None) -> None:
         """Map memory.
@@ -66,14 +68,20 @@ class HostRegion:
             runtime.host_register(self.address, self.nbytes)
         except CudaError as error:
             raise ExpertCacheError(describe_refusal(self.nbytes, HostRegion.page_locked_bytes, str(error))) from None
-        HostRegion.page_locked_bytes += self.nbytes
+        HostRegion.count(self.nbytes)
         weakref.finalize(self, unlock, runtime, self.address, self.nbytes)
         return runtime.device_address(self.address)
+
+    @classmethod
+    def count(cls, nbytes: int) -> None:
+        """Note that ``nbytes`` more are page-locked."""
+        with cls._counting:
+            cls.page_locked_bytes += nbytes
 
 
 def unlock(runtime: PageLocker, address: int, nbytes: int) -> None:
     """End the page-locking of a region; one that CUDA will not end, after a fault, ends with the process."""
-    HostRegion.page_locked_bytes -= nbytes
+    HostRegion.count(-nbytes)
     try:
         runtime.host_unregister(address)
     except CudaError as error:
