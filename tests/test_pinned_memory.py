@@ -95,6 +95,13 @@ def test_huge_pages_are_advised() -> None:
     assert "hg" in mapping(region.address)["VmFlags"].split()
 
 
+def test_pages_can_be_made_ahead() -> None:
+    region = HostRegion(2**22)
+    before = mapping(region.address)["Rss"]
+    assert region.populate()
+    assert (before, mapping(region.address)["Rss"]) == ("0 kB", "4096 kB")
+
+
 def test_page_locking_ends_with_the_store_although_views_live_on() -> None:
     lock = MemoryLock()
     store = HostStore(3, LAYOUT)

@@ -134,17 +134,17 @@ class HostStore:
         self.layout = layout
 
     def page_lock_on(self, executor: Executor, runtime: PageLocker | None, device: torch.device) -> None:
-        """Begin to page-lock on a thread of ``executor``; ``page_lock`` then waits for it.
+        """Begin to make the pages and lock them on a thread of ``executor``; ``page_lock`` then waits for it.
 
-        Pages are made in the process, which takes as long as copying as many bytes; a loader that writes them
-        meanwhile finds them there.
+        Making pages takes as long as copying as many bytes, and a loader that comes later finds them there. It is done
+        first because CUDA works on nothing else while it locks.
 
         Args:
             executor: its threads lock.
             runtime: by default the CUDA runtime of this process.
             device: whose context the threads use.
         """
-        self._locking = executor.submit(self._page_lock, runtime, device)
+        self._locking = executor.submit(self._populate_and_lock, runtime, device)
 
     def page_lock(self, runtime: PageLocker | None = None) -> None:
         """Register the region with CUDA until the store is gone or the process exits.
@@ -159,14 +159,18 @@ class HostStore:
             ExpertCacheError: the driver refuses, mostly because of a limit on locked memory.
         """
         if self._locking is None:
-            self._page_lock(runtime, None)
+            self._page_lock(runtime)
         else:
             self._locking.result()
 
-    def _page_lock(self, runtime: PageLocker | None, device: torch.device | None) -> None:
+    def _populate_and_lock(self, runtime: PageLocker | None, device: torch.device) -> None:
+        self._region.populate()
         # A thread that has never chosen a device would make a context on the first one.
-        with nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device):
-            self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._page_lock(runtime)
+
+    def _page_lock(self, runtime: PageLocker | None) -> None:
+        self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
 
 
 def nearest_numa_node(device: torch.device) -> int | None:
