@@ -3,8 +3,8 @@
     python benchmarks/render.py
 
 Each block between ``<!-- result: NAME -->`` and ``<!-- end -->`` is replaced by what NAME's function makes of
-``benchmarks/results/NAME.json``, in the README and in ``docs/``. A test fails when a document differs from a fresh
-rendering.
+``benchmarks/results/NAME.json``, in the README and in ``docs/``, and the README's picture is drawn. A test fails when a
+document differs from a fresh rendering.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import acceptance_chart
+import render_gpu
 import render_hlwq
-from gpu_acceptance import all_criteria, link_rate
 from kv_cache_bars import kv_bars
 from soak_report import soak
 
@@ -149,63 +150,6 @@ def codec_ideas(result: dict[str, Any]) -> str:
     )
 
 
-def moe_layer(result: dict[str, Any]) -> str:
-    gather, environment = result["gather"], result["environment"]
-    rows = "".join(
-        f"| {rate['experts']} | {rate['copy_gb_per_s']:.1f} | {rate['gather_gb_per_s']:.1f} | {rate['share']:.0%} |\n"
-        for rate in gather["rates"]
-    )
-    return (
-        f"Records of {gather['record_bytes']:,} bytes (`{result['shape']}`); a launch with nothing to load takes "
-        f"{gather['empty_us']:.1f} µs.\n\n"
-        f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
-        + (kernel_variants(gather) if "cuda_sweep" in gather else "")
-        + (planner(result["plan"]) if "plan" in result else "")
-        + (layer_steps(result["layer"]) if "layer" in result else "")
-        + f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
-        f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}; made by "
-        "`benchmarks/moe_layer.py --sweep`.)\n"
-    )
-
-
-def kernel_variants(gather: dict[str, Any]) -> str:
-    """The best of each kernel over all its sizes, against the kernel as it ships."""
-    tried = [*gather["sweep"], *gather["cuda_sweep"]]
-    counts = list(tried[0]["gb_per_s"])
-    rows = ""
-    for kernel, name in KERNELS.items():
-        rates = [row["gb_per_s"] for row in tried if row["kernel"] == kernel]
-        rows += f"| {name} | {' | '.join(f'{max(rate[count] for rate in rates):.1f}' for count in counts)} |\n"
-    return (
-        "Kernels that read host memory stay below the copy engine whatever they are made of. The best of each over "
-        "numbers of blocks, chunk sizes and, for bulk copies, stages, in GB/s:\n\n"
-        f"| | {' | '.join(f'{count} a launch' for count in counts)} |\n|---{'|---' * len(counts)}|\n{rows}\n"
-    )
-
-
-KERNELS = {
-    "triton": "Triton, 16-byte reads (this package)",
-    "vector": "CUDA C++, 16-byte reads",
-    "vector_l2_256": "CUDA C++, 16-byte reads that ask L2 for 256 bytes",
-    "bulk": "CUDA C++, bulk asynchronous copies (TMA) through shared memory",
-}
-
-
-def gpu_acceptance(result: dict[str, Any]) -> str:
-    """Every promise as ``gpu_acceptance.py`` judges it today."""
-    environment = result["environment"]
-    rows = "".join(
-        f"| {found.promise} | {found.limit} | {found.measured} | {'yes' if found.kept else '**no**'} |\n"
-        for found in all_criteria(result)
-    )
-    return (
-        f"| promise | limit | measured | kept |\n|---|---|---|---|\n{rows}\n"
-        f"({environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
-        f"{link_rate(result) / 1e9:.1f} GB/s by copy engine, vLLM {environment['vllm']}, torch "
-        f"{environment['torch']}, {environment['date']}; made by `benchmarks/gpu_acceptance.py`.)\n"
-    )
-
-
 def kv_cache(result: dict[str, Any]) -> str:
     environment = result["environment"]
     verdicts = "".join(
@@ -265,36 +209,6 @@ def kv_accuracy(result: dict[str, Any]) -> str:
         "one token a step. It has one layer of full attention.\n\n"
         f"| | keys | values |\n|---|---|---|\n{cosines}\n"
         f"| | exact window | perplexity | above BF16 |\n|---|---|---|---|\n{perplexity}\n"
-    )
-
-
-def planner(result: dict[str, Any]) -> str:
-    rows = ""
-    for row in result["rows"]:
-        every = "" if row["every_expert_us"] is None else f"{row['every_expert_us']:.1f}"
-        rows += (
-            f"| {row['experts']} | {row['top_k']} | {row['slots']} | {row['tokens']} | {row['plans'][0]['us']:.1f} "
-            f"| {row['plans'][-1]['us']:.1f} | {every} | {row['align_us']:.1f} | {row['blocks_us']:.1f} |\n"
-        )
-    return (
-        "Deciding a step, in microseconds; with as many misses as steps can keep up the planner takes at most "
-        f"{result['worst_growth']:.2f} times what it takes without.\n\n"
-        "| experts | k | slots | tokens | plan, no miss | most misses | every expert named | align | blocks |\n"
-        f"|---|---|---|---|---|---|---|---|---|\n{rows}\n"
-    )
-
-
-def layer_steps(result: dict[str, Any]) -> str:
-    rows = "".join(
-        f"| {row['tokens']} | {row['slots']} | {row['misses']} | {row['step_us']:.0f} | {row['resident_us']:.0f} "
-        f"| {row['link_us']:.0f} | {row['overhead_us']:.0f} | {row['limit']} |\n"
-        for row in result["rows"]
-    )
-    return (
-        f"One layer's step in microseconds; the link's share is the missing experts' bytes at "
-        f"{result['copy_gb_per_s']:.1f} GB/s, the overhead what neither it nor the resident layer accounts for.\n\n"
-        "| tokens | slots | misses | step | resident | link | overhead | limited by |\n"
-        f"|---|---|---|---|---|---|---|---|\n{rows}\n"
     )
 
 
@@ -391,8 +305,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "codec": codec,
     "quality": quality,
     "codec_ideas": codec_ideas,
-    "moe_layer": moe_layer,
-    "gpu_acceptance": gpu_acceptance,
+    "moe_layer": render_gpu.moe_layer,
+    "gpu_acceptance": render_gpu.gpu_acceptance,
+    "gpu_speed": render_gpu.gpu_speed,
     "sizing": sizing,
     "kv_cache": kv_cache,
     "routing_traces": routing_traces,
@@ -404,12 +319,21 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+SAME_RESULT = {"gpu_speed": "gpu_acceptance"}
+
+
+def result_of(name: str) -> dict[str, Any]:
+    """The result file of a block."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{SAME_RESULT.get(name, name)}.json").read_text())
+    return found
+
+
 def render(text: str) -> str:
     """A document's text with every result block made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        return match[1] + RENDERERS[name](json.loads((RESULTS / f"{name}.json").read_text())) + match[3]
+        return match[1] + RENDERERS[name](result_of(name)) + match[3]
 
     return BLOCK.sub(block, text)
 
@@ -417,3 +341,4 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
+    (PROJECT / "docs/gpu_speed.png").write_bytes(acceptance_chart.draw(result_of("gpu_speed")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from vllm_hlwq.checkpoint.dequantize import dequantize
+from vllm_hlwq.checkpoint.int4_source import Int4Source
+from vllm_hlwq.checkpoint.metadata import HASHES
 
 NUM_EXPERTS = 16
 TOP_K = 4
@@ -203,4 +208,15 @@ def write_glm4_moe_with_mtp(out: Path) -> Path:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(settings | {"num_nextn_predict_layers": 1}))
+    return out
+
+
+def decode_to_float32(int4: Path, out: Path) -> Path:
+    """Decode an INT4 checkpoint without rounding code times scale to 16 bit."""
+    wide = out.with_name(f"{out.name}-wide")
+    shutil.copytree(int4, wide, ignore=shutil.ignore_patterns(HASHES))
+    for path in wide.glob("*.safetensors"):
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    dequantize(Int4Source(wide), out)
     return out

@@ -56,6 +56,12 @@ def tiny_int4_decoded(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def tiny_int4_float32(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The INT4 sibling's values unrounded: served in float32, stock vLLM computes just what the sibling stands for."""
+    return checkpoints.decode_to_float32(tiny_int4, tmp_path_factory.mktemp("trained") / "tiny-moe-CT-float32")
+
+
+@pytest.fixture(scope="session")
 def gemma4_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(checkpoints.gemma4_config(), tmp_path_factory.mktemp("gemma4"))
 

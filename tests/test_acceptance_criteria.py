@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+from acceptance_chart import groups
 from acceptance_criteria import PROMISES, judge
 
 LINK = 50e9
@@ -102,4 +103,17 @@ def test_what_did_not_run_is_not_kept_and_named(engines: dict[str, Any]) -> None
         "all experts resident": "all did not run",
         "a quarter resident, batch 1": "uva did not run",
         "a quarter resident, batch 32": "uva did not run",
+    }
+
+
+def test_the_chart_shows_decoding_at_each_share_of_experts(engines: dict[str, Any]) -> None:
+    shown = {
+        group.title: {bar.label: round(bar.tokens_per_second, 1) for bar in group.bars}
+        for group in groups({"engines": engines})
+    }
+    assert shown == {
+        "all resident\n1 request": {"cache": 198.0, "stock": 200.0},
+        "a quarter resident\n1 request": {"cache": 39.4, "uva": 16.7},
+        "half resident\n32 requests": {"cache": 533.3, "uva": 80.0, "prefetch": 351.6},
+        "a quarter resident\n32 requests": {"cache": 296.3, "uva": 293.6},
     }

@@ -1,0 +1,116 @@
+"""Renders what was measured on GPUs: parts of ``render.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from acceptance_chart import groups
+from gpu_acceptance import all_criteria, link_rate
+
+
+def card(environment: dict[str, Any]) -> str:
+    return (
+        f"{environment['gpu']}, PCIe {environment['pcie_generation']} x{environment['pcie_width']}, "
+        f"vLLM {environment['vllm']}, torch {environment['torch']}, {environment['date']}"
+    )
+
+
+def moe_layer(result: dict[str, Any]) -> str:
+    gather = result["gather"]
+    rows = "".join(
+        f"| {rate['experts']} | {rate['copy_gb_per_s']:.1f} | {rate['gather_gb_per_s']:.1f} | {rate['share']:.0%} |\n"
+        for rate in gather["rates"]
+    )
+    return (
+        f"Records of {gather['record_bytes']:,} bytes (`{result['shape']}`); a launch with nothing to load takes "
+        f"{gather['empty_us']:.1f} µs.\n\n"
+        f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
+        + (kernel_variants(gather) if "cuda_sweep" in gather else "")
+        + (planner(result["plan"]) if "plan" in result else "")
+        + (layer_steps(result["layer"]) if "layer" in result else "")
+        + f"({card(result['environment'])}; made by `benchmarks/moe_layer.py --sweep`.)\n"
+    )
+
+
+def kernel_variants(gather: dict[str, Any]) -> str:
+    """The best of each kernel over all its sizes, against the kernel as it ships."""
+    tried = [*gather["sweep"], *gather["cuda_sweep"]]
+    counts = list(tried[0]["gb_per_s"])
+    rows = ""
+    for kernel, name in KERNELS.items():
+        rates = [row["gb_per_s"] for row in tried if row["kernel"] == kernel]
+        rows += f"| {name} | {' | '.join(f'{max(rate[count] for rate in rates):.1f}' for count in counts)} |\n"
+    return (
+        "Kernels that read host memory stay below the copy engine whatever they are made of. The best of each over "
+        "numbers of blocks, chunk sizes and, for bulk copies, stages, in GB/s:\n\n"
+        f"| | {' | '.join(f'{count} a launch' for count in counts)} |\n|---{'|---' * len(counts)}|\n{rows}\n"
+    )
+
+
+KERNELS = {
+    "triton": "Triton, 16-byte reads (this package)",
+    "vector": "CUDA C++, 16-byte reads",
+    "vector_l2_256": "CUDA C++, 16-byte reads that ask L2 for 256 bytes",
+    "bulk": "CUDA C++, bulk asynchronous copies (TMA) through shared memory",
+}
+
+
+def gpu_acceptance(result: dict[str, Any]) -> str:
+    """Every promise as ``gpu_acceptance.py`` judges it today."""
+    rows = "".join(
+        f"| {found.promise} | {found.limit} | {found.measured} | {'yes' if found.kept else '**no**'} |\n"
+        for found in all_criteria(result)
+    )
+    return (
+        f"| promise | limit | measured | kept |\n|---|---|---|---|\n{rows}\n"
+        f"(Copy engine: {link_rate(result) / 1e9:.1f} GB/s. {card(result['environment'])}; made by "
+        "`benchmarks/gpu_acceptance.py`.)\n"
+    )
+
+
+def planner(result: dict[str, Any]) -> str:
+    rows = ""
+    for row in result["rows"]:
+        every = "" if row["every_expert_us"] is None else f"{row['every_expert_us']:.1f}"
+        rows += (
+            f"| {row['experts']} | {row['top_k']} | {row['slots']} | {row['tokens']} | {row['plans'][0]['us']:.1f} "
+            f"| {row['plans'][-1]['us']:.1f} | {every} | {row['align_us']:.1f} | {row['blocks_us']:.1f} |\n"
+        )
+    return (
+        "Deciding a step, in microseconds; with as many misses as steps can keep up the planner takes at most "
+        f"{result['worst_growth']:.2f} times what it takes without.\n\n"
+        "| experts | k | slots | tokens | plan, no miss | most misses | every expert named | align | blocks |\n"
+        f"|---|---|---|---|---|---|---|---|---|\n{rows}\n"
+    )
+
+
+def layer_steps(result: dict[str, Any]) -> str:
+    rows = "".join(
+        f"| {row['tokens']} | {row['slots']} | {row['misses']} | {row['step_us']:.0f} | {row['resident_us']:.0f} "
+        f"| {row['link_us']:.0f} | {row['overhead_us']:.0f} | {row['limit']} |\n"
+        for row in result["rows"]
+    )
+    return (
+        f"One layer's step in microseconds; the link's share is the missing experts' bytes at "
+        f"{result['copy_gb_per_s']:.1f} GB/s, the overhead what neither it nor the resident layer accounts for.\n\n"
+        "| tokens | slots | misses | step | resident | link | overhead | limited by |\n"
+        f"|---|---|---|---|---|---|---|---|\n{rows}\n"
+    )
+
+
+def gpu_speed(result: dict[str, Any]) -> str:
+    """Decoding beside stock vLLM, as a picture."""
+    figures = "; ".join(
+        f"{group.title.replace(chr(10), ', ')}: "
+        + ", ".join(f"{bar.label} {bar.tokens_per_second:,.0f}" for bar in group.bars)
+        for group in groups(result)
+    )
+    return (
+        f"![Tokens per second. {figures}](docs/gpu_speed.png)\n\n"
+        "Decoding with some of the experts on the GPU: this package, stock vLLM with all of them, and stock vLLM's own "
+        "offloading of experts (`uva`: `--cpu-offload-gb`, `prefetch`: `--offload-backend prefetch`) with as much GPU "
+        f"memory for experts. Random INT4 weights in the shape of `{result['model']}`, routed with measured locality, "
+        "CUDA graphs without torch.compile. A data-centre card, so no consumer card's figures; what was promised and "
+        "missed: [docs/benchmarks.md](docs/benchmarks.md).\n\n"
+        f"({card(result['environment'])}; made by `benchmarks/gpu_acceptance.py`.)\n"
+    )
