@@ -1,7 +1,9 @@
 """The INT4 format of one matrix: published packing vectors and the dequantisation formula."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +111,26 @@ def test_what_a_worker_imports_leaves_numba_out() -> None:
     """vLLM's CPU workers scan every module's objects at their start, and llvmlite's library object breaks the scan."""
     code = "import sys, vllm_hlwq.plugin, vllm_hlwq.hlwq_serving; sys.exit('llvmlite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_loops_are_kept_for_the_next_process(tmp_path: Path, writable: bool) -> None:
+    program = f"""
+import numba.core.caching
+if not {writable}:
+    numba.core.caching.CacheImpl._locator_classes = []
+import torch
+from vllm_hlwq import int4_cpu
+best = int4_cpu.search_scale(torch.tensor([[7.0, -8.0] * 4]), torch.tensor([[0.5, 1.0]]))
+assert best.tolist() == [1]
+print(sum(int4_cpu._search.stats.cache_hits.values()))
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert found == ["0\n", f"{int(writable)}\n"]
+    assert any(tmp_path.rglob("*.nbc")) == writable

@@ -6,6 +6,9 @@ far longer than decoding them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
@@ -13,8 +16,21 @@ from numba import njit
 PER_WORD = 8
 
 
+def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """numba's ``njit``; machine code is kept for other processes where a folder for it can be written."""
+
+    def compiled(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            found: Callable[..., None] = njit(cache=True, **options)(function)
+        except RuntimeError:  # "no locator available"
+            found = njit(**options)(function)
+        return found
+
+    return compiled
+
+
 # Division by zero gives inf, and sums are in any order: only so are loops vectors.
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+@_compiled(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
 def _search(groups, candidates, best):  # type: ignore[no-untyped-def]
     for group in range(groups.shape[0]):
         weights, least = groups[group], np.float32(np.inf)
@@ -30,7 +46,7 @@ def _search(groups, candidates, best):  # type: ignore[no-untyped-def]
                 least, best[group] = error, number
 
 
-@njit(nogil=True, error_model="numpy")
+@_compiled(nogil=True, error_model="numpy")
 def _pack(groups, scales, packed):  # type: ignore[no-untyped-def]
     levels = np.empty(groups.shape[1], np.uint32)
     for group in range(groups.shape[0]):
