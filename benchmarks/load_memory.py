@@ -134,12 +134,16 @@ def memory_of(process: psutil.Process) -> list[tuple[int, int]]:
     return found
 
 
-def start_watched(model: Path) -> tuple[Server, PeakSampler]:
-    """Start serving a checkpoint, and sample the process that holds most memory until the experts are loaded."""
-    server = Server(
+def start_server(model: Path, *arguments: str) -> Server:
+    return Server(
         model, "--moe-expert-cache-size", str(CACHE_SIZE), "--max-model-len", "512", "--enforce-eager",
-        "--served-model-name", "m",
+        "--served-model-name", "m", *arguments,
     )  # fmt: skip
+
+
+def start_watched(model: Path, *arguments: str) -> tuple[Server, PeakSampler]:
+    """Start serving a checkpoint, and sample the process that holds most memory until the experts are loaded."""
+    server = start_server(model, *arguments)
     process = psutil.Process(server.process.pid)
     peak = PeakSampler(
         lambda: max((outside_files for _, outside_files in memory_of(process)), default=0),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_hlwq.codec import GAIN, NORM, SEARCH, BlockCoder, Refinement, codebook, dequantize_matrix, quantize_matrix
 from vllm_hlwq.codec.blocks import CHUNK_BLOCKS
-from vllm_hlwq.codec.chunks import for_each_chunk
+from vllm_hlwq.codec.chunks import coding_threads, for_each_chunk, for_ranges, on_cpus
 
 CPU = torch.device("cpu")
 CHUNK_BYTES = CHUNK_BLOCKS * 128 * 4
@@ -116,3 +118,33 @@ def test_torch_keeps_its_threads() -> None:
         assert (torch.get_num_threads(), seen) == (2, [2])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_caller_bound_to_one_cpu_codes_on_those_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in vLLM's CPU worker: bound, told to use one thread, and without ``torch.set_num_threads``."""
+    cpus = set(sorted(os.sched_getaffinity(0))[:2])
+    bound = {min(cpus)}
+    together = threading.Barrier(2)
+
+    def work(start: int, stop: int) -> tuple[int, set[int], int]:
+        together.wait(timeout=60)
+        return start, os.sched_getaffinity(0), torch.get_num_threads()
+
+    def call() -> Any:
+        os.sched_setaffinity(0, bound)
+        with on_cpus(cpus):
+            assert coding_threads() == 2
+            found = for_ranges(work, 20, 10, coding_threads())
+        return found, os.sched_getaffinity(0), torch.get_num_threads(), coding_threads()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        monkeypatch.setattr(torch, "set_num_threads", None)
+        with ThreadPoolExecutor(1) as caller:
+            found = caller.submit(call).result()
+    finally:
+        monkeypatch.undo()
+        torch.set_num_threads(before)
+    assert found == ([(0, cpus, 1), (10, cpus, 1)], bound, 1, 1)

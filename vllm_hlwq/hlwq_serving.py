@@ -7,6 +7,7 @@ imports it when it unpickles its configuration.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from .checkpoint.export_plan import has_experts
 from .checkpoint.reader import HlwqSource
 from .checkpoint_sizes import is_of_experts
 from .codec import CodebookName
+from .codec.chunks import on_cpus
 from .errors import CheckpointError
 from .expert_loading import current_loading
 from .hlwq_engine import loader_options
@@ -105,7 +107,8 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
         self.counter_before_loading_weights = time.perf_counter()
         folder = local_folder(model_config.model, model_config.revision)
         device = torch.device("cuda" if borrow("current_platform").is_cuda() else "cpu")
-        yield from with_torch_defaults(self._tensors(folder, device))
+        with on_cpus(() if device.type == "cuda" else cpus_of_the_server()):
+            yield from with_torch_defaults(self._tensors(folder, device))
 
     def _tensors(self, folder: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
         export = open_export(folder, self.options, device)
@@ -126,13 +129,21 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
         local_folder(model_config.model, model_config.revision)
 
 
+def cpus_of_the_server() -> set[int]:
+    """CPUs that the process that started this worker may use; vLLM binds a CPU worker's own thread to one."""
+    return os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid())
+
+
 def with_torch_defaults(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made under torch's own default dtype and device, not under those that a model loads in."""
+    """The same items, each made under torch's own default dtype and device, not under those that a model loads in.
+
+    vLLM sets the device by a mode in Python, which every call of torch would go through; without modes it is the CPU.
+    """
     while True:
         outside = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            with torch.device("cpu"):
+            with torch._C.DisableTorchFunction():
                 item = next(items)
         except StopIteration:
             return

@@ -11,7 +11,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from .codec.chunks import for_ranges
+from .codec.chunks import coding_threads, for_ranges
 
 State = dict[str, torch.Tensor]
 SCALE_FRACTIONS = tuple(1 - 0.03 * step for step in range(14))
@@ -86,7 +86,7 @@ def quantize_weight(weight: torch.Tensor, arguments: QuantizationArgs, search: b
     step = min(max(8, ROWS_WEIGHTS // weight.shape[1]), max(8, -(-weight.shape[0] // 2)))
     parts = for_ranges(
         lambda start, stop: _quantize_rows(weight[start:stop], size, arguments, search),
-        weight.shape[0], step, torch.get_num_threads(),
+        weight.shape[0], step, coding_threads(),
     )  # fmt: skip
     state = {name: torch.cat([part[name] for part in parts]) for name in ("weight_packed", "weight_scale")}
     return state | {"weight_shape": torch.tensor(weight.shape)}

@@ -8,8 +8,10 @@ would wait for the slower half. The threads stay: an expert's matrix is coded in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from queue import SimpleQueue
 from threading import Barrier
@@ -24,19 +26,50 @@ LEAST_ROWS = 64
 """Of a chunk: fewer are not worth another thread."""
 
 
-def single_threaded() -> None:
+_cpus: ContextVar[frozenset[int]] = ContextVar("_cpus", default=frozenset())
+
+
+@contextmanager
+def on_cpus(cpus: Collection[int]) -> Iterator[None]:
+    """Code on these CPUs, one thread each, whatever the caller's thread is bound to; if there are none, as before.
+
+    For vLLM's CPU workers: they bind their thread to one core, which threads that it starts inherit, and leave cores
+    out that nothing else needs while a model loads. The caller's thread is bound as before afterwards.
+    """
+    bound, token = os.sched_getaffinity(0), _cpus.set(frozenset(cpus))
+    try:
+        os.sched_setaffinity(0, cpus or bound)
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
+        _cpus.reset(token)
+
+
+def coding_threads() -> int:
+    """How many threads code at once: torch's own number, or that of ``on_cpus``."""
+    return len(_cpus.get()) or torch.get_num_threads()
+
+
+def _single_threaded() -> None:
     """Hold torch to this thread. Asked first, because torch sets a new thread's number at its first use."""
     torch.get_num_threads()
-    torch.set_num_threads(1)
+    _set_num_threads(1)
+
+
+_set_num_threads: Callable[[int], None] = torch._C.set_num_threads
+"""``torch.set_num_threads``, which vLLM's CPU workers replace by a warning."""
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that are all there, so that torch's number can be set back for those that others start later."""
+def _pool(threads: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
+    """Threads that are all there, so that torch's number can be set back for those that others start later.
+
+    Each set of ``cpus`` has its own, since they stay bound as their caller was.
+    """
     before = torch.get_num_threads()
-    pool, present = ThreadPoolExecutor(threads, "codec", single_threaded), Barrier(threads)
+    pool, present = ThreadPoolExecutor(threads, "codec", _single_threaded), Barrier(threads)
     list(pool.map(lambda _: present.wait(), range(threads)))
-    torch.set_num_threads(before)
+    _set_num_threads(before)
     return pool
 
 
@@ -59,7 +92,8 @@ def for_ranges(work: Callable[[int, int], Result], rows: int, step: int, threads
     threads = min(threads, len(ranges))
     if threads <= 1:
         return [work(*each) for each in ranges]
-    running = [_pool(threads).submit(work, *each) for each in ranges]
+    pool = _pool(threads, _cpus.get())
+    running = [pool.submit(work, *each) for each in ranges]
     wait(running)  # all of them, also after one has failed: they work in the caller's memory
     return [each.result() for each in running]
 
@@ -78,7 +112,7 @@ def for_each_chunk(
     on_cpu = coder.device.type == "cpu"
     if on_cpu:
         step = min(step, max(LEAST_ROWS, -(-rows // 2)))  # whatever the threads: sums follow the chunks
-    threads = min(torch.get_num_threads(), -(-rows // step)) if on_cpu else 1
+    threads = min(coding_threads(), -(-rows // step)) if on_cpu else 1
     free: SimpleQueue[BlockCoder] = SimpleQueue()
     for twin in coder.twins(threads):
         free.put(twin)
