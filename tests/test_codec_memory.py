@@ -140,11 +140,11 @@ def test_a_caller_bound_to_one_cpu_codes_on_those_that_it_names(monkeypatch: pyt
 
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch._C.set_num_threads(1)
         monkeypatch.setattr(torch, "set_num_threads", None)
         with ThreadPoolExecutor(1) as caller:
             found = caller.submit(call).result()
     finally:
         monkeypatch.undo()
-        torch.set_num_threads(before)
+        torch._C.set_num_threads(before)
     assert found == ([(0, cpus, 1), (10, cpus, 1)], bound, 1, 1)
