@@ -162,6 +162,7 @@ def test_embeddings(tiny_int4: Path, tiny_int4_float32: Path) -> None:
     arguments = (*EAGER, "--runner", "pooling", "--convert", "embed")
     for model, cache in ((tiny_int4, CACHE), (tiny_int4_float32, ())):
         with serving(model, *cache, *arguments) as server:
+            server.post("/v1/embeddings", {"model": "tiny", "input": PROMPTS[0]})  # leaves experts for others to hit
             answer = server.post("/v1/embeddings", {"model": "tiny", "input": PROMPTS})
             found.append(torch.tensor([entry["embedding"] for entry in answer["data"]]))
             if cache:

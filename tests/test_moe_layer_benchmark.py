@@ -14,6 +14,7 @@ import moe_layer
 import plan_cost
 import pytest
 import render
+import render_gpu
 import step_report
 import torch
 
@@ -140,8 +141,8 @@ def test_the_planners_table_shows_whether_cost_grows_with_misses() -> None:
 def test_the_documents_show_the_parts_that_a_result_has() -> None:
     committed = json.loads((render.RESULTS / "moe_layer.json").read_text())
     committed = {name: part for name, part in committed.items() if name not in ("plan", "layer")}
-    alone = render.moe_layer(committed)
-    text = render.moe_layer(committed | {"plan": plan_result(), "layer": layer_result()})
+    alone = render_gpu.moe_layer(committed)
+    text = render_gpu.moe_layer(committed | {"plan": plan_result(), "layer": layer_result()})
     assert text.startswith(alone.partition("\n(")[0])
     assert "| 1 | 32 | 8 | 600 | 110 | 460 | 30 | link |" in text
     assert "| 128 | 8 | 32 | 8192 | 8.0 | 9.0 | 61.3 | 5.0 | 2.0 |" in text
