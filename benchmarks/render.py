@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import acceptance_chart
+import gpu_speed_chart
 import render_gpu
 import render_hlwq
 from kv_cache_bars import kv_bars
@@ -341,4 +341,4 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
-    (PROJECT / "docs/gpu_speed.png").write_bytes(acceptance_chart.draw(result_of("gpu_speed")))
+    (PROJECT / "docs/gpu_speed.png").write_bytes(gpu_speed_chart.draw(result_of("gpu_speed")))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from acceptance_chart import groups
 from gpu_acceptance import all_criteria, link_rate
+from gpu_speed_chart import groups
 
 
 def card(environment: dict[str, Any]) -> str:

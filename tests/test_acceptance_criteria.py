@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 import pytest
-from acceptance_chart import groups
 from acceptance_criteria import PROMISES, judge
+from gpu_speed_chart import groups
 
 LINK = 50e9
 GATHER = {"rates": [{"experts": 1, "share": 0.5}, {"experts": 8, "share": 0.93}, {"experts": 64, "share": 0.91}]}

@@ -71,13 +71,31 @@ def test_greedy_tokens_are_the_same_at_every_cache_size(
         assert greedy_tokens(server) == greedy
 
 
-def test_tokens_in_16_bit_agree_with_stock_vllm(tiny_int4_decoded: Path, greedy: list[list[int]]) -> None:
+def test_tokens_in_16_bit_agree_with_stock_vllm(
+    cached: Server, tiny_int4_decoded: Path, tiny_int4_float32: Path, greedy: list[list[int]]
+) -> None:
+    # No bound for a single token: where a router's choice is tied, rounding alone moves one by up to half a nat.
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    sequences = [[*tokenizer.encode(prompt), *said] for prompt, said in zip(PROMPTS, greedy, strict=True)]
     with Server(tiny_int4_decoded, *EAGER) as stock:
         assert "Expert cache" not in stock.log
         assert not any("moe_expert" in name for name, _ in stock.metrics())
         found = gaps_to_first_choice(stock, greedy)
+        ours, theirs = ([log_probabilities(server, ids) for ids in sequences] for server in (cached, stock))
     assert found.count(0) / len(found) >= 0.99
-    assert sum(found) / len(found) < 0.005  # nats; a single one can be half a nat, where a router's choice was tied
+    # The cache adds nothing to the rounding that stock vLLM has too, both against the same model in float32.
+    model = AutoModelForCausalLM.from_pretrained(tiny_int4_float32, dtype=torch.float32)
+    errors = torch.zeros(2)
+    for ids, *rounded in zip(sequences, ours, theirs, strict=True):
+        with torch.no_grad():
+            exact = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+        errors += torch.stack([(torch.tensor(each) - exact[:, 0]).abs().sum() for each in rounded])
+    assert errors[0] < 1.2 * errors[1]
+
+
+def log_probabilities(server: Server, ids: list[int]) -> list[float]:
+    """Of each of ``ids`` after the first."""
+    return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], prompt_logprobs(server, ids), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +128,10 @@ def test_the_compiled_server_agrees_with_compiled_stock_vllm(tiny_int4: Path, ti
         assert_chosen_by(stock, tokens)
 
 
-def test_eight_streams_at_once_say_what_they_say_alone(exact: Server) -> None:
-    client = OpenAI(base_url=f"{exact.url}/v1", api_key="none")
+@pytest.mark.parametrize("name", ["cached", "exact"])
+def test_eight_streams_at_once_say_what_they_say_alone(name: str, request: pytest.FixtureRequest) -> None:
+    server: Server = request.getfixturevalue(name)
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
     def stream(prompt: str) -> tuple[list[int], str]:
         tokens, reason = [], ""
@@ -128,7 +148,11 @@ def test_eight_streams_at_once_say_what_they_say_alone(exact: Server) -> None:
     assert [reason for _, reason in results] == ["length"] * len(PROMPTS)
     sequences = [tokens for tokens, _ in results]
     assert [len(tokens) for tokens in sequences] == [NEW_TOKENS] * len(PROMPTS)
-    assert_chosen_by(exact, sequences)
+    if name == "exact":
+        assert_chosen_by(server, sequences)
+    else:  # batches change the rounding of vLLM's dense layers
+        found = gaps_to_first_choice(server, sequences)
+        assert found.count(0) / len(found) >= 0.97
 
 
 def test_held_out_perplexity_equals_transformers(cached: Server, tiny_int4_decoded: Path) -> None:
