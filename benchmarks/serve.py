@@ -182,7 +182,8 @@ def reason_of(error: Exception, server: Server) -> str:
     with suppress(subprocess.TimeoutExpired):  # it serves on
         server.process.wait(ENDING_SECONDS)
         refused = _REFUSED.search(server.log)
-        return refused[1] if refused else failure_reason(server.log, server.process.returncode)
+        reason = refused[1] if refused else failure_reason(server.log, server.process.returncode)
+        return reason if isinstance(error, ServerFailed) else f"the server ended while it was measured: {reason}"
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
