@@ -114,3 +114,39 @@ def gpu_speed(result: dict[str, Any]) -> str:
         "missed: [docs/benchmarks.md](docs/benchmarks.md).\n\n"
         f"({card(result['environment'])}; made by `benchmarks/gpu_acceptance.py`.)\n"
     )
+
+
+def serve(result: dict[str, Any]) -> str:
+    """Whole servers under vLLM's own benchmark, their tokens, and the checks that were not kept."""
+    rows = ""
+    for row in result["servers"]:
+        for found in row["measurements"]:
+            rate, moved = found.get("hit_rate"), found.get("bytes_per_generated_token")
+            rows += (
+                f"| {row['server']} | {found['concurrency']} | {found['output_throughput']:,.0f} "
+                f"| {found['median_ttft_ms']:,.0f} | {found['median_tpot_ms']:,.2f} "
+                f"| {'' if rate is None else f'{rate:.1%}'} | {'' if moved is None else f'{moved / 2**20:,.2f}'} |\n"
+            )
+    checks = result["checks"]
+    missed = "".join(f"- **missed**: {c['what']} ({c['detail']})\n" for c in checks if not c["kept"])
+    return (
+        f"`{result['model']}`, {result['input_tokens']} tokens in and {result['output_tokens']} out, "
+        f"{result['prompts_per_client']} requests a client, routing: {result['routing']}.\n\n"
+        "| server | clients | output tok/s | median TTFT, ms | median TPOT, ms | hits | MiB a generated token |\n"
+        f"|---|---|---|---|---|---|---|\n{rows}\n{served_tokens(result['tokens'])}"
+        f"{len([c for c in checks if c['kept']])} of {len(checks)} checks are kept{':' if missed else '.'}\n\n"
+        f"{missed}{chr(10) if missed else ''}({card(result['environment'])}; made by `benchmarks/serve.py`.)\n"
+    )
+
+
+def served_tokens(tokens: dict[str, Any]) -> str:
+    if not tokens["compared"]:
+        return f"Tokens are not compared: {tokens['why']}.\n\n"
+    rows = "".join(
+        f"| {name} | {found['first_choices']:.1%} | {found['mean_gap']:.3f} | {found['largest_gap']:.3f} |\n"
+        for name, found in tokens["servers"].items()
+    )
+    return (
+        "Greedy tokens against the resident server's first choice after the same past:\n\n"
+        f"| tokens of | first choices | mean gap, nats | largest gap, nats |\n|---|---|---|---|\n{rows}\n"
+    )

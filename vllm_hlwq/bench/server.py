@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,15 @@ class ServerFailed(RuntimeError):
 class Server:
     """A running ``vllm serve MODEL ARGUMENTS``, bound to the loopback address.
 
+    Args:
+        environment: variables beside this process's own and ``ENVIRONMENT``.
+
     Attributes:
         url: base URL, ``http://127.0.0.1:PORT``.
         log_path: file with everything the server has printed.
     """
 
-    def __init__(self, model: Path | str, *arguments: str) -> None:
+    def __init__(self, model: Path | str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -62,7 +66,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
                 start_new_session=True,
             )
 

@@ -1,0 +1,157 @@
+"""What ``serve.py`` asks of a server: greedy tokens, a warm-up, and ``vllm bench serve`` between two readings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine_process import failure_reason
+from soak_checks import settled
+
+from vllm_hlwq.bench.server import ENVIRONMENT, VLLM, Server
+from vllm_hlwq.bench.teacher_forcing import gaps
+
+SERVED_NAME = "served"
+PROMPTS = [
+    "The import statement",
+    "class Queue:\n    def __init__(self",
+    "def main():\n    parser = argparse.ArgumentParser(",
+    "Raised when an operation",
+    "A list comprehension consists of",
+    "    @property\n    def name(self):\n",
+    "If the file cannot be",
+    '"""Utilities for',
+]
+COPIES = 2
+"""How often each prompt is among those that are answered all at once."""
+GREEDY_TOKENS = 40
+WARM_UP_TOKENS = 16
+KEPT = (
+    "completed", "failed", "total_input_tokens", "total_output_tokens", "duration", "output_throughput",
+    "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "max_concurrent_requests",
+)  # fmt: skip
+
+
+class BenchmarkFailed(RuntimeError):
+    """``vllm bench serve`` did not end well; the message is a line."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A prompt's ids and those of its greedy continuation."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Metrics of a server by name, and counters of its expert cache, none without one, when nothing is under way."""
+
+    metrics: dict[str, float]
+    counters: dict[str, int]
+
+    @classmethod
+    def of(cls, server: Server, cached: bool) -> Reading:
+        return cls(settled(server), server.expert_cache_counters() if cached else {})
+
+
+def prompt_ids(server: Server) -> list[list[int]]:
+    """The fixed prompts as the server's tokenizer has them."""
+    bodies = [{"model": SERVED_NAME, "prompt": prompt} for prompt in PROMPTS]
+    return [server.post("/tokenize", body)["tokens"] for body in bodies]
+
+
+def continuation(server: Server, prompt: Sequence[int], new_tokens: int) -> Spoken:
+    body = {
+        "model": SERVED_NAME, "prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True,
+        "return_token_ids": True,
+    }  # fmt: skip
+    tokens = server.post("/v1/completions", body)["choices"][0]["token_ids"]
+    return Spoken(tuple(prompt), tuple(tokens))
+
+
+def at_once(server: Server, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Spoken]:
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        return list(clients.map(lambda prompt: continuation(server, prompt, new_tokens), prompts))
+
+
+def greedy(server: Server) -> list[Spoken]:
+    """Continuation of each prompt, one request at a time, and of all of them at once."""
+    prompts = prompt_ids(server)
+    alone = [continuation(server, prompt, GREEDY_TOKENS) for prompt in prompts]
+    return alone + at_once(server, prompts * COPIES, GREEDY_TOKENS)
+
+
+def judged(server: Server, sequences: Sequence[Spoken]) -> list[float]:
+    """How far each token is below the server's first choice, in nats."""
+    return [gap for one in sequences for gap in gaps(server, one.prompt, one.tokens, SERVED_NAME)]
+
+
+def warm_up(server: Server, clients: int, input_tokens: int, new_tokens: int) -> None:
+    """As many requests at once as will be measured, with prompts that the benchmark does not send."""
+    ids = [token for prompt in prompt_ids(server) for token in prompt]
+    prompts = [list(itertools.islice(itertools.cycle(ids), client, client + input_tokens)) for client in range(clients)]
+    at_once(server, prompts, min(new_tokens, WARM_UP_TOKENS))
+
+
+@dataclass(frozen=True)
+class Load:
+    """A run of ``vllm bench serve``.
+
+    Args:
+        tokenizer: folder that has it; there may be no network.
+        concurrency: clients, each of which waits for its answer.
+        requests: of all clients.
+        input_tokens, new_tokens: of each request.
+        timeout: seconds.
+    """
+
+    tokenizer: Path
+    concurrency: int
+    requests: int
+    input_tokens: int
+    new_tokens: int
+    timeout: float
+
+    def run(self, server: Server, keep_log: Path | None = None) -> dict[str, Any]:
+        """The benchmark's own figures.
+
+        Raises:
+            BenchmarkFailed: it ended with an error, or not in time.
+        """
+        with tempfile.TemporaryDirectory(prefix="serve-") as folder:
+            command = [
+                VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", SERVED_NAME,
+                "--tokenizer", str(self.tokenizer), "--dataset-name", "random", "--seed", "0",
+                "--random-input-len", str(self.input_tokens), "--random-output-len", str(self.new_tokens),
+                "--num-prompts", str(self.requests), "--max-concurrency", str(self.concurrency),
+                "--request-rate", "inf", "--ignore-eos", "--temperature", "0", "--disable-tqdm",
+                # Requests that the figures are not of would be on /metrics too: see ``warm_up``.
+                "--num-warmups", "0", "--ready-check-timeout-sec", "0",
+                "--save-result", "--result-dir", folder, "--result-filename", "result.json",
+            ]  # fmt: skip
+            environment = {**os.environ, **ENVIRONMENT}
+            log = keep_log or Path(folder, "log")
+            with log.open("w") as stream:
+                try:
+                    done = subprocess.run(
+                        command, stdout=stream, stderr=subprocess.STDOUT, timeout=self.timeout, env=environment
+                    )
+                except subprocess.TimeoutExpired:
+                    raise BenchmarkFailed(
+                        f"vllm bench serve: not done after {self.timeout:.0f} s (--timeout)"
+                    ) from None
+            if done.returncode:
+                reason = failure_reason(log.read_text(errors="replace"), done.returncode)
+                raise BenchmarkFailed(f"vllm bench serve: {reason}")
+            found = json.loads(Path(folder, "result.json").read_text())
+        return {name: found[name] for name in KEPT}
