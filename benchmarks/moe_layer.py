@@ -1,9 +1,11 @@
 """One mixture-of-experts layer taken apart on a GPU: what each kernel costs, by CUDA events and graph replay.
 
-    python benchmarks/moe_layer.py [--parts gather plan layer] [--shape gemma-4-26b-a4b] [--quick] [--out DIR]
+    python benchmarks/moe_layer.py [--parts gather inside plan layer] [--shape gemma-4-26b-a4b] [--quick] [--out DIR]
 
 ``gather``: experts over the link, by the copy engine and by the gather kernel, 1 to 128 of them a launch; ``--sweep``
     tries the kernel's sizes too, and ``--cuda-cpp`` the variants in CUDA C++.
+``inside``: the same experts loaded and then multiplied, against read from inside vLLM's GEMM out of host memory, as
+    ``--cpu-offload-gb`` lets it (``inside_gemm.py``).
 ``plan``: microseconds of deciding a step, over experts, top-k, tokens, slots and misses, and whether they grow with the
     misses (``plan_cost.py``).
 ``layer``: whole steps of ``DeviceExpertCache`` over tokens, slots and misses, against the same layer with every expert
@@ -42,6 +44,13 @@ def gather(chosen: argparse.Namespace) -> Measured:
     return result, gather_link.table(result)
 
 
+def inside(chosen: argparse.Namespace) -> Measured:
+    import inside_gemm
+
+    result = inside_gemm.measure(SHAPES[chosen.shape], chosen.quick)
+    return result, inside_gemm.table(result)
+
+
 def plan(chosen: argparse.Namespace) -> Measured:
     import plan_cost
 
@@ -57,7 +66,9 @@ def layer(chosen: argparse.Namespace) -> Measured:
     return result, step_report.table(result)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Measured]] = {"gather": gather, "plan": plan, "layer": layer}
+PARTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
+    "gather": gather, "inside": inside, "plan": plan, "layer": layer,
+}  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -26,6 +26,7 @@ def moe_layer(result: dict[str, Any]) -> str:
         f"{gather['empty_us']:.1f} µs.\n\n"
         f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
         + (kernel_variants(gather) if "cuda_sweep" in gather else "")
+        + (inside_gemm(result["inside"]) if "inside" in result else "")
         + (planner(result["plan"]) if "plan" in result else "")
         + (layer_steps(result["layer"]) if "layer" in result else "")
         + f"({card(result['environment'])}; made by `benchmarks/moe_layer.py --sweep`.)\n"
@@ -53,6 +54,25 @@ KERNELS = {
     "vector_l2_256": "CUDA C++, 16-byte reads that ask L2 for 256 bytes",
     "bulk": "CUDA C++, bulk asynchronous copies (TMA) through shared memory",
 }
+
+
+def inside_gemm(result: dict[str, Any]) -> str:
+    """Loading and then multiplying beside reading from inside the product."""
+    rows = "".join(
+        f"| {row['experts']} | {row['tokens']} | {row['blocks']} | {row['gather_us']:,.0f} | {row['inside_us']:,.0f} "
+        f"| {row['resident_us']:,.0f} | {row['gather_gb_per_s']:.1f} | {row['inside_gb_per_s']:.1f} "
+        f"| {row['ratio']:.2f} |\n"
+        for row in result["rows"]
+    )
+    return (
+        "A layer's two products with none of the experts that they need on the GPU: loaded by the gather kernel and "
+        "then multiplied, or read out of host memory by vLLM's Marlin kernels themselves, as with `--cpu-offload-gb`; "
+        "and with all of them resident. In microseconds; GB/s are the missing experts' bytes over the whole time "
+        f"(copy engine: {result['copy_gb_per_s']:.1f}), blocks the blocks of rows of each expert, for every one of "
+        "which the kernels read its weights.\n\n"
+        "| experts | tokens | blocks | gather, then GEMM | inside the GEMM | resident | gather, GB/s | inside, GB/s "
+        f"| gather / inside |\n|---|---|---|---|---|---|---|---|---|\n{rows}\n"
+    )
 
 
 def gpu_acceptance(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gather_bulk
 import gather_link
+import inside_gemm
 import layer_step
 import moe_layer
 import plan_cost
@@ -25,7 +26,7 @@ def test_options_name_parts_and_shapes(capsys: pytest.CaptureFixture[str]) -> No
     chosen = moe_layer.parse(["--parts", "gather", "layer", "--shape", "qwen3-30b-a3b", "--sweep"])
     assert (chosen.parts, chosen.shape, chosen.sweep) == (["gather", "layer"], "qwen3-30b-a3b", True)
     chosen = moe_layer.parse([])
-    assert (chosen.parts, chosen.quick, chosen.out) == (["gather", "plan", "layer"], False, None)
+    assert (chosen.parts, chosen.quick, chosen.out) == (["gather", "inside", "plan", "layer"], False, None)
     with pytest.raises(SystemExit):
         moe_layer.parse(["--parts", "router"])
     assert "gather" in capsys.readouterr().err
@@ -113,6 +114,17 @@ def layer_result() -> dict[str, Any]:
     }
 
 
+def inside_result() -> dict[str, Any]:
+    record = 3_162_500
+    few = inside_gemm.compared(8 * record, gather=550e-6, inside=1100e-6, resident=50e-6)
+    many = inside_gemm.compared(128 * record, gather=9e-3, inside=16e-3, resident=1e-3)
+    rows = [
+        {"experts": 8, "tokens": 1, "top_k": 8, "blocks": 1, "same_bits": True} | few,
+        {"experts": 128, "tokens": 2048, "top_k": 8, "blocks": 2, "same_bits": False} | many,
+    ]
+    return {"record_bytes": record, "copy_gb_per_s": 54.94, "rows": rows}
+
+
 def plan_result() -> dict[str, Any]:
     plans = [{"misses": misses, "us": us} for misses, us in ((0, 8.0), (4, 8.25), (8, 9.0))]
     row = {
@@ -131,6 +143,40 @@ def test_the_layers_table_shows_each_part_and_what_limits() -> None:
     assert lines[3] == "1 32 8 8 600.0 110.0 490.0 460.0 30.0 8.0 5.0 2.0 1.5 100.0 3.0 20.5 link"
 
 
+def test_the_table_of_reading_inside_shows_both_ways() -> None:
+    lines = [" ".join(line.split()) for line in inside_gemm.table(inside_result()).splitlines()]
+    assert "3,162,500 bytes, copy engine 54.9 GB/s; same bits in 1 of 2 cases" in lines[0]
+    assert lines[1].startswith("experts tokens top-k blocks gather+GEMM inside resident")
+    assert lines[2] == "8 1 8 1 550.0 1100.0 50.0 46.0 23.0 0.50"
+    assert lines[3] == "128 2048 8 2 9000.0 16000.0 1000.0 45.0 25.3 0.56"
+
+
+def test_the_cases_of_reading_inside_cover_experts_and_blocks() -> None:
+    found = inside_gemm.cases(SHAPES["gemma-4-26b-a4b"], quick=False)
+    assert [(case.experts, case.tokens, case.top_k) for case in found] == [
+        (1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 1, 8), (16, 2, 8), (32, 4, 8), (64, 8, 8), (128, 16, 8),
+        (128, 512, 8), (128, 2048, 8), (128, 8192, 8),
+    ]  # fmt: skip
+    assert [case.tokens for case in inside_gemm.cases(SHAPES["gemma-4-26b-a4b"], quick=True)] == [1, 1, 2048]
+
+
+@pytest.mark.parametrize("case", inside_gemm.cases(SHAPES["gemma-4-26b-a4b"], quick=False), ids=str)
+def test_ids_name_all_experts_equally_often(case: inside_gemm.Case) -> None:
+    experts = torch.randperm(128)[: case.experts]
+    ids = inside_gemm.ids_naming(experts, case.tokens, case.top_k)
+    assert (ids.dtype, ids.shape, ids.is_contiguous()) == (torch.int32, (case.tokens, case.top_k), True)
+    assert all(len(set(token)) == case.top_k for token in ids.tolist())
+    named, times = ids.unique(return_counts=True)
+    assert named.tolist() == sorted(experts.tolist())
+    assert set(times.tolist()) == {case.tokens * case.top_k // case.experts}
+
+
+@pytest.mark.parametrize(("count", "tokens", "top_k"), [(7, 3, 8), (17, 2, 8)])
+def test_ids_that_cannot_name_them_are_refused(count: int, tokens: int, top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"{tokens} tokens of {top_k} experts cannot name {count}"):
+        inside_gemm.ids_naming(torch.arange(count), tokens, top_k)
+
+
 def test_the_planners_table_shows_whether_cost_grows_with_misses() -> None:
     lines = [" ".join(line.split()) for line in plan_cost.table(plan_result()).splitlines()]
     assert "the most misses against none: 1.12 times at worst" in lines[0]
@@ -140,11 +186,14 @@ def test_the_planners_table_shows_whether_cost_grows_with_misses() -> None:
 
 def test_the_documents_show_the_parts_that_a_result_has() -> None:
     committed = json.loads((render.RESULTS / "moe_layer.json").read_text())
-    committed = {name: part for name, part in committed.items() if name not in ("plan", "layer")}
+    committed = {name: part for name, part in committed.items() if name not in ("inside", "plan", "layer")}
     alone = render_gpu.moe_layer(committed)
-    text = render_gpu.moe_layer(committed | {"plan": plan_result(), "layer": layer_result()})
+    parts = {"inside": inside_result(), "plan": plan_result(), "layer": layer_result()}
+    text = render_gpu.moe_layer(committed | parts)
     assert text.startswith(alone.partition("\n(")[0])
     assert "| 1 | 32 | 8 | 600 | 110 | 460 | 30 | link |" in text
+    assert "| 8 | 1 | 1 | 550 | 1,100 | 50 | 46.0 | 23.0 | 0.50 |\n| 128 | 2048 | 2 | 9,000 |" in text
+    assert "(copy engine: 54.9)" in text
     assert "| 128 | 8 | 32 | 8192 | 8.0 | 9.0 | 61.3 | 5.0 | 2.0 |" in text
     assert "1.12 times" in text
     assert "microseconds" not in alone

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import inside_gemm
 import moe_layer
 import pytest
 import torch
+
+from vllm_hlwq.bench.moe_shapes import MoeShape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,3 +29,15 @@ def test_planner_and_layer_are_measured(tmp_path: Path) -> None:
         assert row["link_us"] == pytest.approx(
             misses * result["layer"]["record_bytes"] / (1e3 * result["layer"]["copy_gb_per_s"])
         )
+
+
+def test_reading_from_inside_the_gemm_computes_what_resident_experts_do() -> None:
+    """``measure`` raises where outputs differ by more than rounding; the kernels are the same, so no bit does."""
+    shape = MoeShape(hidden=256, width=192, experts=16, top_k=4, group_size=64, activation="gelu_tanh")
+    result = inside_gemm.measure(shape)
+    assert result["record_bytes"] == shape.marlin_layout().record_bytes
+    blocks = [(row["experts"], row["tokens"], row["blocks"]) for row in result["rows"]]
+    assert blocks[:5] == [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 2, 1), (16, 4, 1)]
+    assert blocks[5:] == [(16, 512, 2), (16, 2048, 8), (16, 8192, 32)]
+    assert all(row["same_bits"] for row in result["rows"])
+    assert all(min(row["gather_us"], row["inside_us"], row["resident_us"]) > 0 for row in result["rows"])

@@ -341,6 +341,11 @@ BORROWED: dict[str, Borrowed] = {
         "init_workspace_manager",
         "lets the Marlin kernels keep their locks from call to call outside an engine too, as they do in one",
     ),
+    "get_accelerator_view_from_cpu_tensor": Borrowed(
+        "vllm.utils.torch_utils",
+        "get_accelerator_view_from_cpu_tensor",
+        "shows kernels weights in host memory as vLLM's own offloading does, for a benchmark of that",
+    ),
     "RoutingStrategy": Borrowed(
         f"{_FUSED_MOE}.router.routing_simulator_router",
         "RoutingStrategy",
