@@ -25,7 +25,7 @@ ROWS, MOST_TOKENS = 16, 64
 """Of a tile; 16 is the least that the tensor cores take."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _sign(a, b):  # type: ignore[no-untyped-def]
     """Sylvester's entry for indices below 256: ``(-1) ** popcount(a & b)``, float32."""
     both = a & b
