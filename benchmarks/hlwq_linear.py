@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -54,16 +54,46 @@ def in_turn(tasks: dict[str, Callable[[int], object]], clock: Callable[[], float
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def coded_weights(plain: list[torch.Tensor]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], CodeFormat]:
+    """Packed codes and norms of weights ``[SIDE, SIDE]``, as ``coded_linear`` takes them, and their format."""
+    table = codebook("C", BITS)
+    coder = BlockCoder(table, BLOCK_SIZE, plain[0].device)
+    coded = [quantize_matrix(weight, coder, NORM) for weight in plain]
+    parts = [(each.packed.view(SIDE, -1), each.norms.view(torch.int16)) for each in coded]
+    return parts, CodeFormat(table, BLOCK_SIZE, SIDE)
+
+
+class OneTokenCalls(NamedTuple):
+    """Calls to time on a GPU, numbered from 0: the product of one token, the rotation in it, and how many to time."""
+
+    coded: Callable[[int], None]
+    rotation: Callable[[int], None]
+    count: int
+
+
+def one_token_calls() -> OneTokenCalls:
+    """What a product of one token takes, over as many weights in turn as ``measure_linear`` has."""
+    from vllm_hlwq.hf.rotated_kernel import rotate
+
+    device = torch.device("cuda")
+    parts, layout = coded_weights([torch.randn(SIDE, SIDE, device=device) for _ in range(WEIGHTS["cuda"])])
+    x = torch.randn(1, SIDE, device=device).bfloat16()
+
+    def coded(number: int) -> None:
+        coded_linear(x, *parts[number % len(parts)], layout)
+
+    def rotation(number: int) -> None:
+        rotate(x, layout, by_words=True)
+
+    return OneTokenCalls(coded, rotation, 2 * len(parts))
+
+
 def measure_linear() -> dict[str, Any]:
     """Seconds of both products by number of tokens, and their ratio."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    table = codebook("C", BITS)
-    layout = CodeFormat(table, BLOCK_SIZE, SIDE)
-    coder = BlockCoder(table, BLOCK_SIZE, device)
     count = WEIGHTS[device.type]
     plain = [torch.randn(SIDE, SIDE, device=device).bfloat16() for _ in range(count)]
-    coded = [quantize_matrix(weight, coder, NORM) for weight in plain]
-    parts = [(each.packed.view(SIDE, -1), each.norms.view(torch.int16)) for each in coded]
+    parts, layout = coded_weights(plain)
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, SIDE, device=device).bfloat16()

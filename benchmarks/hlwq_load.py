@@ -1,6 +1,6 @@
 """What serving an HLWQ checkpoint costs at the start, beside its exported INT4 sibling: seconds and host memory.
 
-    python benchmarks/hlwq_load.py [--out FILE.json] [--layers N] [--repeats N]
+    python benchmarks/hlwq_load.py [--out FILE.json] [--layers N] [--repeats N] [-- OPTIONS OF vllm serve]
 
 Makes a Qwen3-MoE-shaped model with random BF16 experts, codes it, exports it, and serves both in turn, each time in a
 process of its own, and the coded one again with experts that an earlier start has kept
@@ -122,14 +122,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--layers", type=int, default=3, help="decoder layers; 3 make 0.56 GiB of BF16 experts")
     parser.add_argument("--repeats", type=int, default=3, help="starts of each server")
+    parser.add_argument("server", nargs="*", help="more options of vllm serve, after --")
     arguments = parser.parse_args()
     load_average = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="hlwq-load-") as scratch:
         folder = Path(scratch)
         expert_bytes = make_models(folder, arguments.layers)
         parts = parts_of_the_work(folder / "hlwq")
-        kept = ("--moe-expert-store-cache", str(folder / "kept"))
-        starts: dict[str, tuple[str, ...]] = {"hlwq": ("hlwq",), "int4": ("int4",), "hlwq_kept": ("hlwq", *kept)}
+        more = tuple(arguments.server)
+        kept = ("--moe-expert-store-cache", str(folder / "kept"), *more)
+        starts: dict[str, tuple[str, ...]] = {
+            "hlwq": ("hlwq", *more), "int4": ("int4", *more), "hlwq_kept": ("hlwq", *kept)
+        }  # fmt: skip
         serve(folder / "hlwq", *kept)
         peaks = {name: peak_of(folder / model, *options) for name, (model, *options) in starts.items()}
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in starts}

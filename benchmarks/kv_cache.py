@@ -123,10 +123,10 @@ def states(config: PreTrainedConfig, layer: int, length: int) -> torch.Tensor:
     return random_states(heads, own.head_dim)[:, :, :length]
 
 
-def fill(filled: Cache, config: PreTrainedConfig, length: int) -> None:
-    """As after a prompt of ``length - 1`` tokens and one step."""
+def fill(filled: Cache, config: PreTrainedConfig, length: int, device: torch.device | None = None) -> None:
+    """As after a prompt of ``length - 1`` tokens and one step, on the CPU or a device."""
     for layer in range(config.num_hidden_layers):
-        both = states(config, layer, length)
+        both = states(config, layer, length).to(device or "cpu")
         filled.update(both[:, :, :-1], both[:, :, :-1], layer)
         filled.update(both[:, :, -1:], both[:, :, -1:], layer)
 

@@ -142,7 +142,7 @@ class _Product(torch.autograd.Function):
         if len(activation) <= GPU_KERNEL_ROWS and layout.block_size >= GPU_KERNEL_BLOCK:
             from .rotated_kernel import rotated_linear
 
-            return rotated_linear(rotate(activation, layout), packed, norms, layout)
+            return rotated_linear(activation, packed, norms, layout)
         return functional.linear(activation, decode(packed, norms, layout, activation.dtype))
 
     @staticmethod
