@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from vllm_hlwq.bench.server import ENVIRONMENT
 
 ENGINE_RUN = Path(__file__).with_name("engine_run.py")
 SAMPLE_SECONDS = 0.1
+POLL_SECONDS = 0.05
+ENDING_SECONDS = 60
+"""For an engine to end by itself: some gigabytes of page-locked memory take a while to give back."""
 _RAISED = re.compile(
     r"^(?:\[rank\d+\]: )?(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?"  # what vLLM and torch put before a traceback's lines
     r"(?:\w+\.)*(\w*(?:Error|Exception|Failed|Unsupported)\w*: \S.*)$"
@@ -80,34 +85,87 @@ class Task:
                 stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                 env={**os.environ, **ENVIRONMENT, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment},
             )  # fmt: skip
+        self._failure: str | None = None
 
-    def run(self, specification: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Give it its task; the result, or the reason why there is none within ``timeout`` seconds."""
-        host = HostMemory(self._process)
-        host.start()
-        try:
-            self._process.communicate(json.dumps(specification), timeout=timeout)
-            code = self._process.returncode
-            if code or not self._out.exists():
-                reason = failure_reason(self._log.read_text(errors="replace"), code)
-                return {"status": "failed", "reason": reason}
-            return {"status": "ok", "host_peak_bytes": host.peak, **json.loads(self._out.read_text())}
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"not done after {timeout:.0f} s (--timeout)"}
-        finally:
-            self.end()
+    def start(self, specification: dict[str, Any]) -> None:
+        """Give it its task: an engine starts, and waits until it is asked to measure."""
+        self._host = HostMemory(self._process)
+        self._host.start()
+        self._tell(json.dumps(specification))
 
-    def end(self) -> None:
-        """End the process, and what it has left behind, whether or not it got a task."""
+    def wait_until_started(self, deadline: float) -> bool:
+        """Whether it has started by ``deadline``, of ``time.monotonic``; ``measure`` says why not."""
+        return self._wait_for(self._out.with_name("started"), deadline)
+
+    def measure(self, deadline: float) -> dict[str, Any]:
+        """The result, or the reason why there is none by ``deadline``; waits for a start that is under way."""
+        if self.wait_until_started(deadline):
+            self._tell("measure")
+            if self._wait_for(self._out, deadline):
+                return {"status": "ok", "host_peak_bytes": self._host.peak, **json.loads(self._out.read_text())}
+        return {"status": "failed", "reason": self._failure}
+
+    def end(self, seconds: float = 0.0) -> None:
+        """End the process and what it has left behind, whether or not it got a task; ``seconds`` to do so by itself."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()  # type: ignore[union-attr]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stopped below
+            self._process.wait(0 if self._failure else seconds)
         stop_group(self._process)
         self._scratch.cleanup()
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what waits for it says so
+            self._process.stdin.write(f"{line}\n")  # type: ignore[union-attr]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+
+    def _wait_for(self, path: Path, deadline: float) -> bool:
+        """Whether the process makes a file by ``deadline``; if not, the reason is kept."""
+        while not path.exists():
+            if self._failure is None and (code := self._process.poll()) is not None and not path.exists():
+                self._failure = failure_reason(self._log.read_text(errors="replace"), code)
+            elif self._failure is None and time.monotonic() > deadline:
+                self._failure = "not done in time (--timeout)"
+            if self._failure is not None:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
 
 
 def run_task(
     specification: dict[str, Any], environment: dict[str, str], timeout: float, keep_log: Path | None = None
 ) -> dict[str, Any]:
-    """Run a task in a process that is started for it, as ``Task`` does."""
-    return Task(environment, keep_log).run(specification, timeout)
+    """Run a task in a process that is started for it: its result, or the reason why there is none."""
+    return run_side_by_side({Task(environment, keep_log): specification}, timeout)[0]
+
+
+def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
+    """Start engines all at once and measure them one after the other, in order; then all end.
+
+    What they take of the host, and of a GPU as a whole, is known only where it is one engine: else it is None.
+
+    Args:
+        tasks: each with its specification.
+        timeout: seconds for all starts, and again for each measurement.
+    """
+    try:
+        for task, specification in tasks.items():
+            task.start(specification)
+        deadline = time.monotonic() + timeout
+        for task in tasks:
+            task.wait_until_started(deadline)
+        results = [task.measure(time.monotonic() + timeout) for task in tasks]
+    finally:
+        with ThreadPoolExecutor(len(tasks)) as together:
+            list(together.map(lambda task: task.end(ENDING_SECONDS), tasks))
+    if len(tasks) > 1:
+        for result in results:
+            if result["status"] == "ok":
+                result["host_peak_bytes"] = None
+                result["start_up_seconds"] = None
+                if result["gpu_memory"] is not None:
+                    result["gpu_memory"]["in_use"] = None
+    return results
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:

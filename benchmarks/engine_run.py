@@ -1,9 +1,11 @@
 """One engine in one process: starts it, measures prefill and decoding, and writes what it found as JSON.
 
-    python benchmarks/engine_run.py RESULT.json [--import-first] < SPECIFICATION.json
+    python benchmarks/engine_run.py RESULT.json [--import-first]
 
-Run by ``throughput.py``, which gives every configuration a process of its own: memory is clean, and a failure is that
-process's. Prompts are fixed token ids, different for every repetition and equal for every configuration.
+Run by ``engine_process.py``, which gives every configuration a process of its own: memory is clean, and a failure is
+that process's. The specification is one line; when the engine has started, an empty file ``started`` lies beside the
+result, and it is measured after another line. The process ends at the end of its input. Prompts are fixed token ids,
+different for every repetition and equal for every configuration.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -164,8 +167,8 @@ def cache_figures(engine: Engine, prompts: list[dict[str, list[int]]], new_token
     }
 
 
-def run(specification: dict[str, Any]) -> dict[str, Any]:
-    """Measure the specified engine in all cases.
+def run(specification: dict[str, Any], started: Callable[[], None]) -> dict[str, Any]:
+    """Start the specified engine, say so and wait, and measure it in all cases.
 
     Whether there is a GPU is in the specification: torch, asked here, would begin to use it, and vLLM forks.
     """
@@ -173,6 +176,7 @@ def run(specification: dict[str, Any]) -> dict[str, Any]:
         # Else the engine is ahead of this process by some steps when its counters are read.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = Engine(specification["model"], specification["cached"], specification["engine"])
+    started()
     measurements = [measure(engine, **case, repeats=specification["repeats"]) for case in specification["cases"]]
     return {
         "start_up_seconds": engine.start_up_seconds,
@@ -182,17 +186,35 @@ def run(specification: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def probe(_: dict[str, Any]) -> dict[str, Any]:
+def probe(_: dict[str, Any], started: Callable[[], None]) -> dict[str, Any]:
     """The machine and its link, in a process that gives its GPU memory back."""
     from vllm_hlwq.bench import environment
     from vllm_hlwq.bench.link import host_to_device_bandwidth
 
+    started()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {"environment": environment.describe(), "bytes_per_second": host_to_device_bandwidth(device)}
+
+
+def main(out: Path) -> None:
+    """Do the task of the first line; measure after the second; end when there will be no more."""
+
+    def started() -> None:
+        out.with_name("started").touch()
+        if not sys.stdin.readline():
+            raise SystemExit("ended before it was measured")
+
+    given = json.loads(sys.stdin.readline() or "null")
+    if given is None:  # it was prepared in vain
+        return
+    result = {"probe": probe, "engine": run}[given["task"]](given, started)
+    unfinished = out.with_suffix(".part")
+    unfinished.write_text(json.dumps(result))
+    unfinished.replace(out)
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
     if "--import-first" in sys.argv:  # while another engine is measured, for instance
         import vllm  # noqa: F401
-    given = json.load(sys.stdin)
-    Path(sys.argv[1]).write_text(json.dumps({"probe": probe, "engine": run}[given["task"]](given)))
+    main(Path(sys.argv[1]))

@@ -27,15 +27,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from acceptance_criteria import Criterion, judge
-from engine_process import Task, run_task
+from engine_process import Task, run_side_by_side, run_task
 from make_checkpoint import make_checkpoint
 from rich.console import Console
 from rich.table import Table
-from throughput import OFFLOADING, ROUTING_VARIABLE, expert_memory
+from throughput import GPU_SHARE, OFFLOADING, ROUTING_VARIABLE, expert_memory, graphs_without_compiling
 
 from vllm_hlwq.bench.routing import BUT_ONE, MEASURED_LOCALITY
 from vllm_hlwq.options import config_key
@@ -95,7 +96,9 @@ OFFLOADED = {
 }  # fmt: skip
 """vLLM's own offloading, the last word of the name, with as much GPU memory as which engine, and what is measured."""
 ENGINE_NAMES = [*ENGINES, *OFFLOADED]
-"""In the order in which they are measured."""
+GROUPS = (("all",), ("resident",), ("cache",), ("all_but_one", "half", "uva"), ("half_uva", "half_prefetch"))
+"""In the order in which they are measured; engines of a group start together, alone those whose start-up and memory are
+compared."""
 
 
 @dataclass
@@ -109,17 +112,17 @@ class Performance:
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     prepared: dict[str, Task] = field(default_factory=dict)
 
-    def run(self, name: str, following: str | None) -> None:
-        """Measure an engine, while the process of the next one imports vLLM."""
-        self.prepare(name)
-        if following is not None:
-            self.prepare(following)
-        engine = ENGINES.get(name) or self.offloading(name)
-        task = self.prepared.pop(name)
-        if engine is None:
-            task.end()
-        else:
-            self.measure(engine, task)
+    def run(self, names: tuple[str, ...], following: tuple[str, ...]) -> None:
+        """Measure engines that start together, while the processes of the next ones import vLLM."""
+        for name in (*names, *following):
+            self.prepare(name)
+        engines = {name: ENGINES.get(name) or self.offloading(name) for name in names}
+        wanted = {name: engine for name, engine in engines.items() if engine is not None}
+        for name in names:
+            if name not in wanted:
+                self.prepared.pop(name).end()
+        if wanted:
+            self.measure(list(wanted.values()))
 
     def prepare(self, name: str) -> None:
         if name not in self.prepared:
@@ -140,7 +143,17 @@ class Performance:
         assert arguments is not None  # not all experts are resident
         return Engine(name, arguments | MARLIN, cases)
 
-    def measure(self, engine: Engine, task: Task) -> None:
+    def measure(self, engines: list[Engine]) -> None:
+        start = time.monotonic()
+        specifications = [self.specification(engine, GPU_SHARE / len(engines)) for engine in engines]
+        tasks = [self.prepared.pop(engine.name) for engine in engines]
+        results = run_side_by_side(dict(zip(tasks, specifications, strict=True)), self.timeout)
+        for engine, specification, result in zip(engines, specifications, results, strict=True):
+            print(f"{engine.name}: {result['status']} {result.get('reason', '')}", flush=True)
+            self.engines[engine.name] = {"engine": specification["engine"], "routing": engine.routing, **result}
+        print(f"in {time.monotonic() - start:.0f} s", flush=True)
+
+    def specification(self, engine: Engine, gpu_share: float) -> dict[str, Any]:
         common: dict[str, Any] = {
             "max_model_len": LONG_PROMPT + 64,
             "max_num_batched_tokens": LONG_PROMPT,
@@ -148,24 +161,15 @@ class Performance:
             "enable_prefix_caching": False,
             "attention_backend": "TRITON_ATTN",
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "gpu_memory_utilization": gpu_share,
             "seed": 0,
         }
         if not self.compiled:
-            sizes = [1, 2, 4, 8, 16, 32]
-            common["compilation_config"] = {
-                "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes,
-            }  # fmt: skip
-        specification = {
+            common["compilation_config"] = graphs_without_compiling(MANY["batch"])
+        return {
             "task": "engine", "cuda": True, "model": str(self.model), "cached": engine.slots is not None,
             "engine": common | engine.arguments, "cases": list(engine.cases), "repeats": 3,
         }  # fmt: skip
-        start = time.monotonic()
-        result = task.run(specification, self.timeout)
-        print(
-            f"{engine.name}: {result['status']} in {time.monotonic() - start:.0f} s {result.get('reason', '')}",
-            flush=True,
-        )
-        self.engines[engine.name] = {"engine": specification["engine"], "routing": engine.routing, **result}
 
 
 def log_of(name: str, logs: Path) -> Path:
@@ -265,9 +269,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, help="decoder layers of the checkpoint that is made (default: the model's own)"
     )
-    parser.add_argument(
-        "--engines", nargs="+", choices=ENGINE_NAMES, default=ENGINE_NAMES, help="measure only these, in this order"
-    )
+    parser.add_argument("--engines", nargs="+", choices=ENGINE_NAMES, default=ENGINE_NAMES, help="measure only these")
     parser.add_argument("--add-to", type=Path, metavar="FILE", help="a result of other parts on the same machine")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as vLLM does by default")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one engine")
@@ -306,8 +308,10 @@ def main(words: list[str] | None = None) -> int:
             performance = Performance(model, options.compile, logs, options.timeout)
             result["engines"] = performance.engines
             try:
-                for name, following in zip(options.engines, [*options.engines[1:], None], strict=True):
-                    performance.run(name, following)
+                chosen = [tuple(name for name in group if name in options.engines) for group in GROUPS]
+                groups = [group for group in chosen if group]
+                for names, following in zip_longest(groups, groups[1:], fillvalue=()):
+                    performance.run(names, following)
                     save(result, options.out, start)  # what is known by now survives whatever comes
             finally:
                 performance.end()

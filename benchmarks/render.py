@@ -306,6 +306,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "codec_ideas": codec_ideas,
     "moe_layer": render_gpu.moe_layer,
+    "inside_gemm": render_gpu.inside_gemm,
     "gpu_acceptance": render_gpu.gpu_acceptance,
     "gpu_speed": render_gpu.gpu_speed,
     "sizing": sizing,

@@ -26,7 +26,6 @@ def moe_layer(result: dict[str, Any]) -> str:
         f"{gather['empty_us']:.1f} µs.\n\n"
         f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
         + (kernel_variants(gather) if "cuda_sweep" in gather else "")
-        + (inside_gemm(result["inside"]) if "inside" in result else "")
         + (planner(result["plan"]) if "plan" in result else "")
         + (layer_steps(result["layer"]) if "layer" in result else "")
         + f"({card(result['environment'])}; made by `benchmarks/moe_layer.py --sweep`.)\n"
@@ -58,20 +57,22 @@ KERNELS = {
 
 def inside_gemm(result: dict[str, Any]) -> str:
     """Loading and then multiplying beside reading from inside the product."""
+    inside = result["inside"]
     rows = "".join(
         f"| {row['experts']} | {row['tokens']} | {row['blocks']} | {row['gather_us']:,.0f} | {row['inside_us']:,.0f} "
         f"| {row['resident_us']:,.0f} | {row['gather_gb_per_s']:.1f} | {row['inside_gb_per_s']:.1f} "
         f"| {row['ratio']:.2f} |\n"
-        for row in result["rows"]
+        for row in inside["rows"]
     )
     return (
         "A layer's two products with none of the experts that they need on the GPU: loaded by the gather kernel and "
         "then multiplied, or read out of host memory by vLLM's Marlin kernels themselves, as with `--cpu-offload-gb`; "
         "and with all of them resident. In microseconds; GB/s are the missing experts' bytes over the whole time "
-        f"(copy engine: {result['copy_gb_per_s']:.1f}), blocks the blocks of rows of each expert, for every one of "
+        f"(copy engine: {inside['copy_gb_per_s']:.1f}), blocks the blocks of rows of each expert, for every one of "
         "which the kernels read its weights.\n\n"
         "| experts | tokens | blocks | gather, then GEMM | inside the GEMM | resident | gather, GB/s | inside, GB/s "
         f"| gather / inside |\n|---|---|---|---|---|---|---|---|---|\n{rows}\n"
+        f"({card(result['environment'])}; made by `benchmarks/moe_layer.py --parts gather inside`.)\n"
     )
 
 

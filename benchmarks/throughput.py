@@ -16,12 +16,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from engine_process import run_task
+from engine_process import Task, run_side_by_side, run_task
+from engine_run import WARM_UP_TOKENS
 from throughput_report import add_predictions, draw_chart, print_table
 
+from vllm_hlwq.atomic_file import replacing
 from vllm_hlwq.bench.controls import ExpertMemory, control_resident_bytes, prefetch_arguments, uva_arguments
 from vllm_hlwq.bench.routing import MEASURED_LOCALITY
 from vllm_hlwq.options import config_key
@@ -32,75 +38,113 @@ OFFLOADING = {"uva": uva_arguments, "prefetch": prefetch_arguments}
 CONTROLS = ("resident", *OFFLOADING)
 GPU_CONTROLS = "resident,resident:marlin,uva:marlin,prefetch:marlin"
 """Both kernels when resident: on Hopper stock vLLM prefers another than Marlin, which the cache runs on."""
+GPU_SHARE = 0.9
+"""Of a GPU's memory, for all engines that are on it at a time."""
+
+
+@dataclass
+class Planned:
+    """A configuration to be measured: its row's name and cache size, and what its engine gets beyond the common."""
+
+    name: str
+    size: int | None
+    arguments: dict[str, Any]
+    planned_bytes: int | None = None
 
 
 class Benchmark:
     """The configurations of one run; rows are dictionaries of JSON values."""
 
-    def __init__(self, options: argparse.Namespace, machine: dict[str, Any]) -> None:
+    def __init__(self, options: argparse.Namespace, machine: dict[str, Any], save: Callable[[], None]) -> None:
         self.options = options
         self.cuda = "gpu" in machine["environment"]
         self.rows: list[dict[str, Any]] = []
+        self.save = save
         self.memory: dict[int, ExpertMemory] = {}
 
-    def run(self) -> list[dict[str, Any]]:
-        for size in self.options.cache_sizes:
-            row = self._engine("cache", size, {"additional_config": {config_key("cache_size"): size}})
+    def run(self) -> None:
+        """Caches first: the controls get as much memory as they say that they take."""
+        sizes = self.options.cache_sizes
+        self._measure([Planned("cache", n, {"additional_config": {config_key("cache_size"): n}}) for n in sizes])
+        for row in self.rows:
             if row["status"] == "ok":
-                self.memory[size] = expert_memory(row["expert_cache"])
+                self.memory[row["cache_size"]] = expert_memory(row["expert_cache"])
+        planned = []
         for control in self.options.controls:
             name, _, backend = control.partition(":")
             arguments = {"moe_backend": backend} if backend else {}
             if name == "resident":
-                self._engine(control, None, arguments)
+                planned.append(Planned(control, None, arguments))
                 continue
-            for size in self.options.cache_sizes:
-                self._offloading(control, size, arguments)
-        return self.rows
+            chosen = self.options.control_sizes or sizes
+            planned += filter(None, (self._offloading(control, size, arguments) for size in chosen))
+        self._measure(planned)
 
-    def _offloading(self, control: str, size: int, arguments: dict[str, Any]) -> None:
+    def _offloading(self, control: str, size: int, arguments: dict[str, Any]) -> Planned | None:
         if not self.cuda:
             self._skip(control, size, "vLLM offloads from CUDA devices to their host; there is no such device here")
         elif size not in self.memory:
             self._skip(control, size, f"the cache of {size} did not run, so the memory to give is not known")
         else:
             offload = OFFLOADING[control.partition(":")[0]](self.memory[size])
-            if offload is None:
-                self._skip(control, size, f"all experts fit into the memory that a cache of {size} takes: see resident")
-                return
-            row = self._engine(control, size, arguments | offload)
-            row["planned_resident_expert_bytes"] = control_resident_bytes(self.memory[size], offload)
+            if offload is not None:
+                resident = control_resident_bytes(self.memory[size], offload)
+                return Planned(control, size, arguments | offload, resident)
+            self._skip(control, size, f"all experts fit into the memory that a cache of {size} takes: see resident")
+        return None
 
     def _skip(self, control: str, size: int, reason: str) -> None:
         self._add({"configuration": control, "cache_size": size, "status": "not run", "reason": reason})
 
-    def _engine(self, name: str, size: int | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _measure(self, planned: list[Planned]) -> None:
+        """Measure in groups whose engines start together; if so asked, the next group imports vLLM meanwhile."""
+        group = self.options.start_together
+        groups = [planned[first : first + group] for first in range(0, len(planned), group)]
+        ready: list[Task] = []
+        for members, following in zip_longest(groups, groups[1:], fillvalue=[]):
+            tasks = ready or [self._prepare(each) for each in members]
+            ready = [self._prepare(each) for each in following] if group > 1 else []
+            specifications = [self._specification(each) for each in members]
+            results = run_side_by_side(dict(zip(tasks, specifications, strict=True)), self.options.timeout)
+            for each, specification, result in zip(members, specifications, results, strict=True):
+                row = {"configuration": each.name, "cache_size": each.size, "engine": specification["engine"], **result}
+                if each.planned_bytes is not None:
+                    row["planned_resident_expert_bytes"] = each.planned_bytes
+                self._add(row)
+
+    def _prepare(self, planned: Planned) -> Task:
+        routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
+        return Task(routing, self._log_path(planned.name, planned.size), import_first=True)
+
+    def _specification(self, planned: Planned) -> dict[str, Any]:
         options = self.options
+        decoding = [(batch, options.prompt_tokens, options.new_tokens) for batch in options.batches]
+        prompts = [(1, tokens, 0) for tokens in options.prefill_tokens]
         common: dict[str, Any] = {
-            "max_model_len": options.prompt_tokens + options.new_tokens + 1,
+            "max_model_len": max(tokens + max(new, WARM_UP_TOKENS) for _, tokens, new in decoding + prompts) + 1,
             "max_num_seqs": max(options.batches),
             "enforce_eager": options.enforce_eager,
             "enable_prefix_caching": False,
             "language_model_only": True,
             "seed": 0,
         }
+        if options.no_compile:
+            common["compilation_config"] = graphs_without_compiling(max(options.batches))
+        if options.prefill_tokens:
+            common["max_num_batched_tokens"] = max(options.prefill_tokens)
         if options.attention_backend:
             common["attention_backend"] = options.attention_backend
         if self.cuda:
             common["kv_cache_memory_bytes"] = round(options.kv_cache_gib * 2**30)
-        specification = {
-            "task": "engine", "cuda": self.cuda, "model": str(options.model), "cached": name == "cache",
-            "engine": common | arguments, "repeats": options.repeats,
+            common["gpu_memory_utilization"] = GPU_SHARE / options.start_together
+        return {
+            "task": "engine", "cuda": self.cuda, "model": str(options.model), "cached": planned.name == "cache",
+            "engine": common | planned.arguments, "repeats": options.repeats,
             "cases": [
-                {"batch": batch, "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
-                for batch in options.batches
+                {"batch": batch, "prompt_tokens": tokens, "new_tokens": new}
+                for batch, tokens, new in decoding + prompts
             ],
         }  # fmt: skip
-        routing = {ROUTING_VARIABLE: ROUTINGS[options.routing]}
-        result = run_task(specification, routing, options.timeout, self._log_path(name, size))
-        row = {"configuration": name, "cache_size": size, "engine": specification["engine"], **result}
-        self._add(row)
-        return row
 
     def _log_path(self, name: str, size: int | None) -> Path | None:
         if self.options.logs is None:
@@ -114,6 +158,13 @@ class Benchmark:
         reason = f" ({row['reason']})" if "reason" in row else ""
         print(f"{row['configuration']}{at}: {row['status']}{reason}", flush=True)
         self.rows.append(row)
+        self.save()
+
+
+def graphs_without_compiling(largest_batch: int) -> dict[str, Any]:
+    """vLLM's compilation settings for CUDA graphs of decoding steps up to a batch, without torch.compile."""
+    sizes = [2**power for power in range(largest_batch.bit_length()) if 2**power < largest_batch]
+    return {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*sizes, largest_batch]}
 
 
 def expert_memory(sizes: dict[str, Any]) -> ExpertMemory:
@@ -148,9 +199,19 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         "--controls", type=control_names,
         help=f"of {', '.join(CONTROLS)}, each with :BACKEND or without (default on a GPU: {GPU_CONTROLS})",
     )  # fmt: skip
+    parser.add_argument(
+        "--prefill-tokens", type=whole_numbers, default=[], metavar="N,N",
+        help="prompts alone, each in one step: 2048,8192",
+    )  # fmt: skip
+    parser.add_argument("--control-sizes", type=whole_numbers, help="cache sizes that get controls (default: all)")
+    parser.add_argument(
+        "--start-together", type=int, default=1, metavar="N",
+        help="start N engines at once and measure them in turn: faster, but start-up and host memory stay unknown",
+    )  # fmt: skip
     parser.add_argument("--routing", choices=sorted(ROUTINGS), default="model", help="who picks the experts")
     parser.add_argument("--attention-backend", help="vLLM's --attention-backend")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs and no torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="CUDA graphs, but no torch.compile, which takes long")
     parser.add_argument("--kv-cache-gib", type=float, default=4.0, help="the same for every configuration on a GPU")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what each engine prints, a file each, in DIR")
@@ -163,27 +224,36 @@ def main(words: list[str] | None = None) -> int:
     machine = run_task({"task": "probe"}, {}, options.timeout)
     if machine["status"] != "ok":
         raise SystemExit(f"throughput: the machine cannot be described: {machine['reason']}")
-    benchmark = Benchmark(options, machine)
-    if not benchmark.cuda and options.routing != "model" and not options.enforce_eager:
+    cuda = "gpu" in machine["environment"]
+    if not cuda and options.routing != "model" and not options.enforce_eager:
         raise SystemExit(
             f"throughput: --routing {options.routing} needs --enforce-eager on a CPU, where torch.compile would trace "
             "vLLM's routing simulator and cannot"
         )
     if options.controls is None:
-        options.controls = control_names(GPU_CONTROLS) if benchmark.cuda else list(CONTROLS)
+        options.controls = control_names(GPU_CONTROLS) if cuda else list(CONTROLS)
     result: dict[str, Any] = {
         "environment": machine["environment"],
         "link_bytes_per_second": machine["bytes_per_second"],
         "model": options.model.resolve().name,
         "routing": options.routing,
         "attention_backend": options.attention_backend or "vLLM's choice",
-        "rows": benchmark.run(),
+        "compiled": not (options.no_compile or options.enforce_eager),
+        "started_together": options.start_together,
     }
-    add_predictions(result)
+
+    def save() -> None:
+        add_predictions(result)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(options.out) as file:
+                os.write(file, (json.dumps(result, indent=2) + "\n").encode())
+
+    benchmark = Benchmark(options, machine, save)
+    result["rows"] = benchmark.rows
+    benchmark.run()
     print_table(result)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
         draw_chart(result, options.out.with_suffix(".png"))
     return int(not any(row["status"] == "ok" for row in result["rows"]))
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 GIB, MIB = 2**30, 2**20
 COLUMNS = (
-    "configuration", "slots", "batch", "prefill tok/s", "decode tok/s", "ms/step", "predicted", "hits", "MiB/token",
-    "GPU GiB", "host GiB",
+    "configuration", "slots", "batch", "prompt", "prefill tok/s", "decode tok/s", "ms/step", "predicted", "hits",
+    "MiB/token", "GPU GiB", "host GiB",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def add_predictions(result: dict[str, Any]) -> None:
     result["roofline_base"] = None if base is None else base["configuration"]
     if base is None:
         return
-    resident = {found["batch"]: found["step_milliseconds"] for found in base["measurements"]}
+    resident = {m["batch"]: m["step_milliseconds"] for m in base["measurements"] if "step_milliseconds" in m}
     for row in result["rows"]:
         for found in row.get("measurements", ()):
             if "decode_bytes_per_step" in found:
@@ -77,17 +77,18 @@ def cells(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
     def number(value: float | None, text: str) -> str:
         return "" if value is None else text.format(value)
 
-    gpu, moved = row["gpu_memory"], found.get("decode_bytes_per_token")
+    gpu, host, moved = row["gpu_memory"], row["host_peak_bytes"], found.get("decode_bytes_per_token")
     return [
         str(found["batch"]),
+        str(found["prompt_tokens"]),
         f"{found['prefill_tokens_per_second']:,.0f}",
-        f"{found['decode_tokens_per_second']:,.1f}",
-        f"{found['step_milliseconds']:.2f}",
+        number(found.get("decode_tokens_per_second"), "{:,.1f}"),
+        number(found.get("step_milliseconds"), "{:.2f}"),
         number(found.get("predicted_step_milliseconds"), "{:.2f}"),
         number(found.get("decode_hit_rate"), "{:.0%}"),
         number(None if moved is None else moved / MIB, "{:,.1f}"),
         number(None if gpu is None else gpu["peak_reserved"] / GIB, "{:.1f}"),
-        f"{row['host_peak_bytes'] / GIB:.1f}",
+        number(None if host is None else host / GIB, "{:.1f}"),
     ]
 
 
@@ -97,6 +98,8 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
     levels: dict[int, dict[str, float]] = defaultdict(dict)
     for row in result["rows"]:
         for found in row.get("measurements", ()):
+            if "decode_tokens_per_second" not in found:
+                continue
             speed, batch = found["decode_tokens_per_second"], found["batch"]
             if row["cache_size"] is None:
                 levels[batch][row["configuration"]] = speed

@@ -186,17 +186,17 @@ def test_the_planners_table_shows_whether_cost_grows_with_misses() -> None:
 
 def test_the_documents_show_the_parts_that_a_result_has() -> None:
     committed = json.loads((render.RESULTS / "moe_layer.json").read_text())
-    committed = {name: part for name, part in committed.items() if name not in ("inside", "plan", "layer")}
+    committed = {name: part for name, part in committed.items() if name not in ("plan", "layer")}
     alone = render_gpu.moe_layer(committed)
-    parts = {"inside": inside_result(), "plan": plan_result(), "layer": layer_result()}
-    text = render_gpu.moe_layer(committed | parts)
+    text = render_gpu.moe_layer(committed | {"plan": plan_result(), "layer": layer_result()})
     assert text.startswith(alone.partition("\n(")[0])
     assert "| 1 | 32 | 8 | 600 | 110 | 460 | 30 | link |" in text
-    assert "| 8 | 1 | 1 | 550 | 1,100 | 50 | 46.0 | 23.0 | 0.50 |\n| 128 | 2048 | 2 | 9,000 |" in text
-    assert "(copy engine: 54.9)" in text
     assert "| 128 | 8 | 32 | 8192 | 8.0 | 9.0 | 61.3 | 5.0 | 2.0 |" in text
     assert "1.12 times" in text
     assert "microseconds" not in alone
+    inside = render_gpu.inside_gemm({"environment": committed["environment"], "inside": inside_result()})
+    assert "| 8 | 1 | 1 | 550 | 1,100 | 50 | 46.0 | 23.0 | 0.50 |\n| 128 | 2048 | 2 | 9,000 |" in inside
+    assert "(copy engine: 54.9)" in inside
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 from engine_process import ENGINE_RUN, failure_reason
-from throughput import control_names, whole_numbers
+from throughput import control_names, graphs_without_compiling, whole_numbers
 from throughput_report import add_predictions
 
 from vllm_hlwq.bench.environment import parse_nvidia_smi
@@ -35,7 +35,7 @@ def result(benchmark_model: Path, tmp_path_factory: pytest.TempPathFactory) -> t
             sys.executable, str(ENGINE_RUN.with_name("throughput.py")), "--model", str(benchmark_model),
             "--cache-sizes", f"{SIZE},16,{TOO_LARGE}", "--batches", "1,2", "--prompt-tokens", "12",
             "--new-tokens", "8", "--repeats", "1", "--controls", "uva", "--routing", "measured_locality",
-            "--enforce-eager", "--out", str(out),
+            "--prefill-tokens", "40", "--start-together", "2", "--enforce-eager", "--out", str(out),
         ],
         # Threads that wait by spinning steal each other's time on two cores.
         capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
@@ -55,8 +55,12 @@ def test_misses_are_counted_in_the_engine_and_moved_in_whole_records(result: tup
     cache = found["expert_cache"]
     assert (cache["layers"], cache["experts"], cache["slots"]) == (3, 16, SIZE)
     assert cache["slot_bytes"] == 3 * SIZE * cache["record_bytes"]
-    assert [m["batch"] for m in found["measurements"]] == [1, 2]
-    alone = found["measurements"][0]
+    cases = [(m["batch"], m["prompt_tokens"], m["new_tokens"]) for m in found["measurements"]]
+    assert cases == [(1, 12, 8), (2, 12, 8), (1, 40, 0)]
+    alone, _, prompt = found["measurements"]
+    assert prompt["prefill_tokens_per_second"] == pytest.approx(40 / prompt["prefill_seconds"])
+    # A prompt of 40 tokens names 9 experts or more of each layer, and 4 were there at most.
+    assert 3 * 5 * cache["record_bytes"] <= prompt["prefill_bytes"] <= 3 * 16 * cache["record_bytes"]
     assert alone["counted_decode_steps"] == 8
     # A token needs 4 experts in each of 3 layers, and what is not hit is copied.
     missed = 3 * 4 * (1 - alone["decode_hit_rate"]) * cache["record_bytes"]
@@ -72,7 +76,8 @@ def test_with_all_experts_resident_nothing_moves_and_the_roofline_stands_on_it(
     everything, found = row(result[0], "cache", 16), row(result[0], "cache", SIZE)
     assert everything["status"] == "ok", everything
     assert result[0]["roofline_base"] == "cache"
-    for resident, cached in zip(everything["measurements"], found["measurements"], strict=True):
+    assert "predicted_step_milliseconds" not in found["measurements"][-1]  # a prompt alone has no steps
+    for resident, cached in zip(everything["measurements"][:-1], found["measurements"][:-1], strict=True):
         assert resident["decode_bytes_per_step"] == 0
         transfer = cached["decode_bytes_per_step"] / result[0]["link_bytes_per_second"]
         assert cached["predicted_step_milliseconds"] == pytest.approx(resident["step_milliseconds"] + 1e3 * transfer)
@@ -87,6 +92,17 @@ def test_what_cannot_run_is_a_row_that_says_why(result: tuple[dict[str, Any], Pa
     assert all(
         r.get("reason", "") == r.get("reason", "").strip().splitlines()[0] for r in result[0]["rows"] if "reason" in r
     )
+
+
+@pytest.mark.server
+def test_engines_that_started_together_share_what_only_the_machine_could_say(
+    result: tuple[dict[str, Any], Path],
+) -> None:
+    for size in (SIZE, 16):
+        found = row(result[0], "cache", size)
+        assert found["host_peak_bytes"] is None
+        assert found["start_up_seconds"] is None
+    assert result[0]["started_together"] == 2
 
 
 @pytest.mark.server
@@ -145,6 +161,11 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 )  # fmt: skip
 def test_the_reason_is_the_first_error_that_is_no_consequence(log: str, code: int, reason: str) -> None:
     assert failure_reason(log, code) == reason
+
+
+def test_graphs_are_captured_up_to_the_largest_batch() -> None:
+    sizes = {batch: graphs_without_compiling(batch)["cudagraph_capture_sizes"] for batch in (1, 2, 12, 32)}
+    assert sizes == {1: [1], 2: [1, 2], 12: [1, 2, 4, 8, 12], 32: [1, 2, 4, 8, 16, 32]}
 
 
 def test_lists_of_numbers_and_controls() -> None:
