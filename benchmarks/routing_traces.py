@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hlwq.bench import environment
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server
 from vllm_hlwq.checkpoint.dequantize import open_source
 from vllm_hlwq.checkpoint.export import export_int4
@@ -31,16 +32,6 @@ CHART = PROJECT / "docs/routing_traces.png"
 SLOTS = (2, 4, 8)
 SHIPPED_SLOTS = 4
 NEW_TOKENS = 80
-PROMPTS = (
-    "The import statement",
-    "class Queue:\n    def __init__(self",
-    "def main():\n    parser = argparse.ArgumentParser(",
-    "Raised when an operation",
-    "A list comprehension consists of",
-    "    @property\n    def name(self):\n",
-    "If the file cannot be",
-    '"""Utilities for',
-)
 
 
 def requests(server: Server, model: str) -> None:

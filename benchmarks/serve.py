@@ -40,7 +40,6 @@ from serve_checks import (
 )
 from serve_client import (
     COPIES,
-    PROMPTS,
     SERVED_NAME,
     BenchmarkFailed,
     Load,
@@ -53,6 +52,7 @@ from serve_client import (
 from throughput import ROUTINGS, whole_numbers
 
 from vllm_hlwq.atomic_file import replacing
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server, ServerFailed
 from vllm_hlwq.options import flag
 from vllm_hlwq.plugin import ROUTING_VARIABLE

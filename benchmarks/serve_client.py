@@ -16,20 +16,11 @@ from typing import Any
 from engine_process import failure_reason
 from soak_checks import settled
 
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import ENVIRONMENT, VLLM, Server
 from vllm_hlwq.bench.teacher_forcing import gaps
 
 SERVED_NAME = "served"
-PROMPTS = [
-    "The import statement",
-    "class Queue:\n    def __init__(self",
-    "def main():\n    parser = argparse.ArgumentParser(",
-    "Raised when an operation",
-    "A list comprehension consists of",
-    "    @property\n    def name(self):\n",
-    "If the file cannot be",
-    '"""Utilities for',
-]
 COPIES = 2
 """How often each prompt is among those that are answered all at once."""
 GREEDY_TOKENS = 40

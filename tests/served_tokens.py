@@ -6,20 +6,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server
 from vllm_hlwq.bench.teacher_forcing import NEAR_TIE, gaps
 
 SHIPPED = Path(__file__).parent.parent / "examples/tiny_moe/model"
-PROMPTS = [
-    "The import statement",
-    "class Queue:\n    def __init__(self",
-    "def main():\n    parser = argparse.ArgumentParser(",
-    "Raised when an operation",
-    "A list comprehension consists of",
-    "    @property\n    def name(self):\n",
-    "If the file cannot be",
-    '"""Utilities for',
-]
 NEW_TOKENS = 40
 EXACT = ("--dtype", "float32")
 """Arguments of servers whose tokens are compared; see ``teacher_forcing.py``."""

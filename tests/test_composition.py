@@ -19,9 +19,10 @@ import checkpoints
 import pytest
 import torch
 from corpus import documents
-from served_tokens import EXACT, PROMPTS, SHIPPED, assert_chosen_by, completion, greedy_tokens
+from served_tokens import EXACT, SHIPPED, assert_chosen_by, completion, greedy_tokens
 from transformers import AutoTokenizer
 
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server
 from vllm_hlwq.bench.teacher_forcing import NEAR_TIE, gaps, prompt_logprobs
 from vllm_hlwq.checkpoint.dequantize import open_source

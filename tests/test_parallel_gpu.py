@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from served_tokens import NEW_TOKENS, PROMPTS, SHIPPED, gaps_to_first_choice, greedy_tokens
+from served_tokens import NEW_TOKENS, SHIPPED, gaps_to_first_choice, greedy_tokens
 
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server
 from vllm_hlwq.checkpoint.dequantize import open_source
 from vllm_hlwq.checkpoint.export import export_int4

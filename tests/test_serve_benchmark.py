@@ -26,8 +26,9 @@ from serve_checks import (
     token_figures,
     traffic_checks,
 )
-from serve_client import COPIES, GREEDY_TOKENS, PROMPTS
+from serve_client import COPIES, GREEDY_TOKENS
 
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.teacher_forcing import NEAR_TIE
 
 SIZE, TOO_LARGE = 4, 99

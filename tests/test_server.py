@@ -13,9 +13,10 @@ import pytest
 import torch
 from corpus import documents
 from openai import OpenAI
-from served_tokens import EXACT, NEW_TOKENS, PROMPTS, SHIPPED, assert_chosen_by, gaps_to_first_choice, greedy_tokens
+from served_tokens import EXACT, NEW_TOKENS, SHIPPED, assert_chosen_by, gaps_to_first_choice, greedy_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server
 from vllm_hlwq.bench.teacher_forcing import prompt_logprobs
 
