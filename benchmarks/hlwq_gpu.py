@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from vllm_hlwq.checkpoint.quantize import FITS
 
 PARTS = ("convert", "linear", "load", "cache")
 NO_CUDA = "needs a CUDA device, this machine has none"
-SWEPT_ROWS = (2, 4, 8, 16)
 SERVER = (
     "--attention-backend", "TRITON_ATTN", "--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(2**28),
 )  # fmt: skip
@@ -62,21 +62,9 @@ class Result:
 
 
 def measure_linear() -> dict[str, Any]:
-    """``hlwq_linear.py``'s products, and the kernel of one token by the output features of a program."""
-    from vllm_hlwq.bench.cuda_timing import seconds_per_call
-    from vllm_hlwq.hf import rotated_kernel
-
+    """``hlwq_linear.py``'s products, and the rotation of one token alone."""
     found = hlwq_linear.measure_linear()
-    calls = hlwq_linear.one_token_calls()
-    swept, shipped = [], rotated_kernel.ROWS_ONE_TOKEN
-    try:
-        for rows in SWEPT_ROWS:
-            rotated_kernel.ROWS_ONE_TOKEN = rows
-            swept.append({"rows": rows, "us": round(seconds_per_call(calls.coded, calls.count) * 1e6, 2)})
-    finally:
-        rotated_kernel.ROWS_ONE_TOKEN = shipped
-    rotation = round(seconds_per_call(calls.rotation, calls.count) * 1e6, 2)
-    return found | {"shipped_rows": shipped, "by_rows": swept, "rotation_us": rotation}
+    return found | {"rotation_us": round(hlwq_linear.rotation_seconds() * 1e6, 2)}
 
 
 def measure_load(layers: int, repeats: int) -> dict[str, Any]:
@@ -96,14 +84,13 @@ def measure_load(layers: int, repeats: int) -> dict[str, Any]:
         return found | {"missed": [line for line in done.stdout.splitlines() if line.startswith("missed: ")]}
 
 
-def measure_cache() -> dict[str, Any]:
+def measure_cache(device: torch.device, steps: int = CACHE_STEPS) -> dict[str, Any]:
     """A step of two models after 4,096 tokens by cache, in turn, bytes, and codes and values beside the CPU's."""
     from kv_cache import SPEED_LENGTH, dense, fill, gemma_slice, held
     from transformers import AutoModelForCausalLM, DynamicCache
 
     from vllm_hlwq.kv_cache import HLWQCache
 
-    device = torch.device("cuda")
     rows = []
     for name, config in (("dense", dense()), ("six layers of Gemma-4-26B", gemma_slice())):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to(device)
@@ -114,22 +101,28 @@ def measure_cache() -> dict[str, Any]:
         sizes = {cache: held(own) for cache, own in caches.items()}
         token = torch.ones(1, 1, dtype=torch.long, device=device)
         with torch.no_grad():
-            for step in range(CACHE_STEPS + 3):
+            for step in range(steps + 3):
                 for cache, own in caches.items():
-                    torch.cuda.synchronize()
+                    finish(device)
                     start = time.perf_counter()
                     model(token, past_key_values=own)
-                    torch.cuda.synchronize()
+                    finish(device)
                     if step >= 3:
                         seconds[cache].append(time.perf_counter() - start)
         for cache, times in seconds.items():
             rows.append({"model": name, "cache": cache, "bytes": sizes[cache], "ms": 1000 * statistics.median(times)})
         del model, caches
-    return {"length": SPEED_LENGTH, "steps": CACHE_STEPS, "rows": rows, "values": compare_with_cpu()}
+    return {"length": SPEED_LENGTH, "steps": steps, "rows": rows, "values": compare_with_cpu(device)}
 
 
-def compare_with_cpu(tokens: int = 4096, heads: int = 4, head_dim: int = 256) -> dict[str, float]:
-    """Codes of the same vectors on both devices, and the values that one device's codes have on both.
+def finish(device: torch.device) -> None:
+    """Wait for what a device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare_with_cpu(other: torch.device, tokens: int = 4096, heads: int = 4, head_dim: int = 256) -> dict[str, float]:
+    """Codes of the same vectors on the CPU and another device, and the values that one device's codes have on both.
 
     Returns:
         ``codes_differing``, a share, and ``largest_difference`` of values in units of what rounding allows: twice
@@ -140,7 +133,7 @@ def compare_with_cpu(tokens: int = 4096, heads: int = 4, head_dim: int = 256) ->
 
     vectors = torch.randn(1, heads, tokens, head_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
     stores = []
-    for device in (torch.device("cpu"), torch.device("cuda")):
+    for device in (torch.device("cpu"), other):
         store = CodedVectors(VectorCoder(head_dim, 3, device), 1, heads)
         store.append(vectors.to(device))
         stores.append(store)
@@ -157,6 +150,12 @@ def compare_with_cpu(tokens: int = 4096, heads: int = 4, head_dim: int = 256) ->
         "codes_differing": float((codes[0] != codes[1]).float().mean()),
         "largest_difference": float((values[0] - values[1].cpu()).abs().max()) / allowed,
     }
+
+
+def described(error: BaseException, frames: int = 4) -> str:
+    """Kind and message of an error, and the last places on the way to it, the innermost last."""
+    places = traceback.extract_tb(error.__traceback__)[-frames:]
+    return f"{type(error).__name__}: {error}" + "".join(f"\n  {place.filename}:{place.lineno}" for place in places)
 
 
 def misses(content: dict[str, Any]) -> list[str]:
@@ -195,7 +194,7 @@ def main() -> int:
         "convert": convert,
         "linear": lambda: result.save("linear", measure_linear()),
         "load": lambda: result.save("load", measure_load(arguments.load_layers, arguments.repeats)),
-        "cache": lambda: result.save("cache", measure_cache()),
+        "cache": lambda: result.save("cache", measure_cache(torch.device("cuda"))),
     }
     failed = False
     for part in arguments.parts:
@@ -207,7 +206,7 @@ def main() -> int:
             work[part]()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             failed = True
-            print(f"{part}: failed, {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{part}: failed, {described(error)}", file=sys.stderr)
         else:
             print(f"{part}: {time.monotonic() - start:.0f} s")
     measured = {part: found for part, found in result.content.items() if part in arguments.parts}

@@ -1,6 +1,7 @@
 """What computing from HLWQ codes costs in transformers: a linear layer per forward, and decoding while a model loads.
 
     python benchmarks/hlwq_linear.py [--part linear|load] [--out FILE.json]
+    python benchmarks/hlwq_linear.py --sweep [--out FILE.json]    on a GPU: what its kernels' constants should be
 
 A layer of 4096 x 4096 against torch's BF16 product, with activations for 1 to 512 tokens. Both go through several
 weights in turn, as a model does, so that none waits in a cache. On a CPU also in the time of one processor, which other
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -63,29 +64,18 @@ def coded_weights(plain: list[torch.Tensor]) -> tuple[list[tuple[torch.Tensor, t
     return parts, CodeFormat(table, BLOCK_SIZE, SIDE)
 
 
-class OneTokenCalls(NamedTuple):
-    """Calls to time on a GPU, numbered from 0: the product of one token, the rotation in it, and how many to time."""
-
-    coded: Callable[[int], None]
-    rotation: Callable[[int], None]
-    count: int
-
-
-def one_token_calls() -> OneTokenCalls:
-    """What a product of one token takes, over as many weights in turn as ``measure_linear`` has."""
+def rotation_seconds() -> float:
+    """What rotating one token takes on a GPU, of a product of ``measure_linear``."""
+    from vllm_hlwq.bench.cuda_timing import seconds_per_call
     from vllm_hlwq.hf.rotated_kernel import rotate
 
-    device = torch.device("cuda")
-    parts, layout = coded_weights([torch.randn(SIDE, SIDE, device=device) for _ in range(WEIGHTS["cuda"])])
-    x = torch.randn(1, SIDE, device=device).bfloat16()
+    layout = CodeFormat(codebook("C", BITS), BLOCK_SIZE, SIDE)
+    x = torch.randn(1, SIDE, device="cuda").bfloat16()
+    return seconds_per_call(lambda _: void(rotate(x, layout, by_words=True)), 2 * WEIGHTS["cuda"])
 
-    def coded(number: int) -> None:
-        coded_linear(x, *parts[number % len(parts)], layout)
 
-    def rotation(number: int) -> None:
-        rotate(x, layout, by_words=True)
-
-    return OneTokenCalls(coded, rotation, 2 * len(parts))
+def void(_: object) -> None:
+    """For calls that are to return nothing."""
 
 
 def measure_linear() -> dict[str, Any]:
@@ -123,6 +113,16 @@ def measure_linear() -> dict[str, Any]:
             torch.set_num_threads(threads)
     bits = 8 * sum(part.nbytes for part in parts[0]) / SIDE**2
     return {"side": SIDE, "bits_per_weight": bits, "weights": count, "rows": rows}
+
+
+def measure_sweep() -> dict[str, Any]:
+    """``hlwq_linear_sweep.py`` over the weights that ``measure_linear`` has."""
+    from hlwq_linear_sweep import Sweep, on_device, summary, sweep
+
+    plain = [torch.randn(SIDE, SIDE, device="cuda").bfloat16() for _ in range(WEIGHTS["cuda"])]
+    found = sweep(Sweep(plain, *coded_weights(plain), on_device))
+    print(summary(found))
+    return {"side": SIDE, "weights": len(plain), **found}
 
 
 def _compared(seconds: dict[str, float]) -> dict[str, float]:
@@ -187,14 +187,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the result as JSON; a part that is not measured is kept")
     parser.add_argument("--part", choices=("linear", "load"), help="measure only this")
+    parser.add_argument("--sweep", action="store_true", help="time other shapes of the kernels, and nothing else")
     arguments = parser.parse_args()
-    parts = {"linear": measure_linear, "load": measure_load}
+    if arguments.sweep and not torch.cuda.is_available():
+        parser.error("--sweep needs a CUDA device, this machine has none")
+    parts = {"sweep": measure_sweep} if arguments.sweep else {"linear": measure_linear, "load": measure_load}
     result: dict[str, Any] = {
         name: {"environment": environment.describe(), "load_average_before": os.getloadavg()[0], **measure()}
         for name, measure in parts.items()
-        if arguments.part in (None, name)
+        if arguments.sweep or arguments.part in (None, name)
     }
-    print(json.dumps(result, indent=2))
+    if not arguments.sweep or not arguments.out:
+        print(json.dumps(result, indent=2))
     if arguments.out:
         before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         arguments.out.write_text(json.dumps({**before, **result}, indent=2) + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import hlwq_convert
 import hlwq_gpu
+import kv_cache
 import numpy as np
 import pytest
 import render_hlwq
@@ -93,6 +94,31 @@ def test_parts_for_a_gpu_say_why_they_do_not_run(
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [f"{part}: not measured, {hlwq_gpu.NO_CUDA}" for part in ("linear", "load", "cache")]
     assert json.loads(out.read_text()) == {"convert": {"kept": True}}
+
+
+def test_a_step_is_timed_with_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "SPEED_LENGTH", 512)
+    found = hlwq_gpu.measure_cache(CPU, steps=1)
+    assert [(row["model"][:5], row["cache"]) for row in found["rows"]] == [
+        (model, cache) for model in ("dense", "six l") for cache in ("BF16", "HLWQ 3 bit")
+    ]
+    assert all(row["bytes"] > 0 and row["ms"] > 0 for row in found["rows"])
+    assert found["values"] == {"codes_differing": 0.0, "largest_difference": 0.0}
+
+
+def test_a_part_that_fails_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(hlwq_gpu, "measure_convert", fail)
+    monkeypatch.setattr("sys.argv", ["hlwq_gpu.py", "--out", str(tmp_path / "out.json"), "--parts", "convert"])
+    assert hlwq_gpu.main() == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "convert: failed, ValueError: broken"
+    assert lines[-1] == f"  {__file__}:{fail.__code__.co_firstlineno + 1}"
+    assert f"{hlwq_gpu.__file__}:" in lines[-2]
 
 
 def test_missed_limits_are_named() -> None:

@@ -14,8 +14,9 @@ from transformers import Gemma4TextConfig, LlamaConfig
 
 from vllm_hlwq.errors import KVCacheError
 from vllm_hlwq.kv_cache import HLWQCache
+from vllm_hlwq.kv_cache import cache as cache_module
 from vllm_hlwq.kv_cache.history import History
-from vllm_hlwq.kv_cache.layer import GROUP
+from vllm_hlwq.kv_cache.layer import GROUP, CodedLayer
 
 LENGTH = 300
 
@@ -170,6 +171,17 @@ def test_all_bytes_are_counted(config: object, length: int) -> None:
     assert cache.nbytes() == reachable_bytes(cache) == sum(cache.bytes_by_kind().values())
     cache.reset()
     assert cache.bytes_by_kind()["codes"] == 0
+
+
+def test_layers_are_made_from_what_any_transformers_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 5.18 it gives options that are the same for all layers, since then each layer's."""
+    types = ["sliding_attention", "full_attention"] * 2
+    each = [{"sliding_window": 48} if kind == "sliding_attention" else {} for kind in types]
+    for options in ({"sliding_window": 48}, each):
+        monkeypatch.setattr(cache_module, "get_layer_types_and_kwargs", lambda _, options=options: (types, options))
+        layers = HLWQCache(gemma()).layers
+        assert [isinstance(layer, CodedLayer) for layer in layers] == [False, True] * 2
+        assert {layer.sliding_window for layer in layers[::2]} == {48}
 
 
 @pytest.mark.parametrize(("bits", "least"), [(2, 6.5), (3, 4.5), (4, 3.4)])

@@ -16,11 +16,8 @@ from torch.nn import functional
 
 from ..codec import BlockCoder, CodedMatrix, blocks_of, dequantize_matrix, packed_size
 
-GPU_KERNEL_ROWS = 64
-"""Most activations for which decoding in the kernel beats a decoded weight and a library's product."""
-
 GPU_KERNEL_BLOCK = 16
-"""Least block size of the kernel: tensor cores take no fewer products at a time."""
+"""Least block size of the kernels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +63,16 @@ class CodeFormat:
         if device not in self._levels:
             self._levels[device] = (self.table * self.block_size**-0.5).to(device)
         return self._levels[device]
+
+    @cached_property
+    def _hadamards(self) -> dict[tuple[torch.device, torch.dtype], torch.Tensor]:
+        return {}
+
+    def hadamard(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """H of a block, 1 and -1."""
+        if (device, dtype) not in self._hadamards:
+            self._hadamards[device, dtype] = self.coder(device).hadamard.to(dtype)
+        return self._hadamards[device, dtype]
 
     def coder(self, device: torch.device) -> BlockCoder:
         """The coder on a device, made at its first use."""
@@ -139,7 +146,7 @@ class _Product(torch.autograd.Function):
             from .rotated_cpu import rotated_linear as linear_on_cpu
 
             return linear_on_cpu(activation, packed, norms, layout)
-        if len(activation) <= GPU_KERNEL_ROWS and layout.block_size >= GPU_KERNEL_BLOCK:
+        if layout.block_size >= GPU_KERNEL_BLOCK:
             from .rotated_kernel import rotated_linear
 
             return rotated_linear(activation, packed, norms, layout)

@@ -46,6 +46,8 @@ class HLWQCache(Cache):  # type: ignore[misc]
         self.bits = bits
         self._coders: dict[tuple[int, torch.device], VectorCoder] = {}
         types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        if isinstance(options, dict):  # up to transformers 5.18, the same for all layers
+            options = [options] * len(types)
         refused = sorted(set(types) - UNCODED - {CODED})
         if refused:
             raise KVCacheError(f"layers of kind {', '.join(refused)} cannot be coded; use transformers' DynamicCache")
