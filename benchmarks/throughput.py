@@ -118,7 +118,9 @@ class Benchmark:
 
     def _specification(self, planned: Planned) -> dict[str, Any]:
         options = self.options
-        decoding = [(batch, options.prompt_tokens, options.new_tokens) for batch in options.batches]
+        decoding = [
+            (batch, options.prompt_tokens, new) for batch, new in zip(options.batches, options.new_tokens, strict=True)
+        ]
         prompts = [(1, tokens, 0) for tokens in options.prefill_tokens]
         common: dict[str, Any] = {
             "max_model_len": max(tokens + max(new, WARM_UP_TOKENS) for _, tokens, new in decoding + prompts) + 1,
@@ -180,6 +182,13 @@ def whole_numbers(text: str) -> list[int]:
     return numbers
 
 
+def lengths(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
 def control_names(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     if any(name.partition(":")[0] not in CONTROLS for name in names):
@@ -193,7 +202,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache-sizes", type=whole_numbers, required=True, help="experts resident per layer: 8,16,32")
     parser.add_argument("--batches", type=whole_numbers, default=[1, 4, 8, 32], help="requests at once (1,4,8,32)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=64, help="decoding steps that are timed")
+    parser.add_argument(
+        "--new-tokens", type=lengths, default=[64], metavar="N,N",
+        help="decoding steps that are timed: one number, or one for each of --batches from the smallest (64)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--controls", type=control_names,
@@ -216,7 +228,15 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what each engine prints, a file each, in DIR")
     parser.add_argument("--out", type=Path, help="write the result as JSON and a chart beside it")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if len(options.new_tokens) == 1:
+        options.new_tokens *= len(options.batches)
+    if len(options.new_tokens) != len(options.batches):
+        parser.error(
+            f"--new-tokens has {len(options.new_tokens)} numbers for {len(options.batches)} batches: give one, or one "
+            "for each of --batches"
+        )
+    return options
 
 
 def main(words: list[str] | None = None) -> int:
