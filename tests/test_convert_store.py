@@ -73,6 +73,17 @@ def test_experts_that_need_no_conversion_stay_untouched() -> None:
     assert runtime.sizes == {store.address: store.nbytes}
 
 
+def test_a_store_that_was_converted_in_place_serves_another_cache_as_it_is() -> None:
+    raw, runtime, backend = HostStore(EXPERTS, RAW), MemoryLock(), Transposing(0)
+    raw.records.copy_(torch.randint(0, 64, raw.records.shape, dtype=torch.uint8))  # no NaN among the scales
+    first = convert_store(raw, kernel_layout(raw, backend, CPU), backend, CPU, runtime)
+    records, address = first.records.clone(), first.device_address
+    again = convert_store(raw, kernel_layout(raw, backend, CPU), backend, CPU, runtime)
+    assert again is first is raw
+    assert torch.equal(again.records, records)
+    assert again.device_address == address  # and MemoryLock, like CUDA, refuses to lock memory twice
+
+
 def test_a_store_is_not_relabelled_with_records_of_another_size() -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         HostStore(EXPERTS, RAW).relabel(RecordLayout({"w": ((1000,), torch.int32)}))

@@ -77,6 +77,7 @@ MODES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "compiled": ({}, (4,)),
     "graphs": (GRAPHS, (4, 16)),
     "graphs-extremes": (GRAPHS, (1, 15)),
+    "float16": (GRAPHS | {"dtype": "float16"}, (4, 16)),
     "eager": ({"enforce_eager": True}, (4, 16)),
     "eager-extremes": ({"enforce_eager": True}, (1, 15)),
 }
@@ -116,16 +117,18 @@ def test_tokens_are_those_of_stock_marlin(
         del engine
 
 
-@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "enforce_eager"), [("bfloat16", False), ("bfloat16", True), ("float16", False)]
+)  # fmt: skip
 def test_16_bit_tokens_are_those_of_stock_triton(
-    tiny_bf16: Path, in_process: pytest.MonkeyPatch, enforce_eager: bool
+    tiny_bf16: Path, in_process: pytest.MonkeyPatch, dtype: str, enforce_eager: bool
 ) -> None:
-    stock = Engine(tiny_bf16, 0, moe_backend="triton", enforce_eager=enforce_eager)
+    stock = Engine(tiny_bf16, 0, moe_backend="triton", dtype=dtype, enforce_eager=enforce_eager)
     wanted = stock.greedy()
     assert len({token for tokens in wanted for token in tokens}) > 30
     del stock
     for cache_size in (4, 1, 16):
-        engine = Engine(tiny_bf16, cache_size, enforce_eager=enforce_eager)
+        engine = Engine(tiny_bf16, cache_size, dtype=dtype, enforce_eager=enforce_eager)
         assert not any(engine.counters().values()), "warm-up left a trace"
         # The kernel's bits do not depend on slots and waves, so every token is the same.
         assert engine.greedy() == wanted, f"{cache_size} slots"

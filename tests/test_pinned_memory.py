@@ -33,7 +33,7 @@ LAYOUT = RecordLayout({"w13_weight": ((64, 32), torch.int32), "w2_scale": ((33,)
 
 
 class MemoryLock:
-    """A ``PageLocker`` made of mlock(2); remembers what it did."""
+    """A ``PageLocker`` made of mlock(2); remembers what it did, and like CUDA locks no memory twice."""
 
     def __init__(self) -> None:
         self.libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +41,8 @@ class MemoryLock:
         self.released: list[int] = []
 
     def host_register(self, address: int, nbytes: int) -> None:
+        if address in self.sizes and address not in self.released:
+            raise CudaError("part or all of the requested memory range is already mapped")
         if self.libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)):
             raise CudaError(os.strerror(ctypes.get_errno()))
         self.sizes[address] = nbytes

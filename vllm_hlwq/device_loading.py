@@ -71,7 +71,7 @@ def convert_store(
     """A layer's experts in the kernels' layout, in page-locked memory: where they were loaded, if they fit there.
 
     Args:
-        raw: the experts as loaded; not to be used any more.
+        raw: the experts as loaded; from now on only the store that is returned, which may be the same.
         layout: of the kernels.
         backend: converts.
         device: where it converts.

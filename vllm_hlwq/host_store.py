@@ -150,7 +150,8 @@ class HostStore:
         """Register the region with CUDA until the store is gone or the process exits.
 
         Copies from it then run asynchronously at full link speed, and kernels read it at ``device_address``, which
-        stays as it is for the store's life.
+        stays as it is for the store's life. A store that is page-locked already stays so: CUDA refuses to lock memory
+        twice.
 
         Args:
             runtime: by default the CUDA runtime of this process.
@@ -170,7 +171,8 @@ class HostStore:
             self._page_lock(runtime)
 
     def _page_lock(self, runtime: PageLocker | None) -> None:
-        self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
+        if self.device_address is None:
+            self.device_address = self._region.page_lock(CudaRuntime() if runtime is None else runtime)
 
 
 def nearest_numa_node(device: torch.device) -> int | None:
