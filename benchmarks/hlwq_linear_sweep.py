@@ -137,16 +137,14 @@ def sweep(
         rows of each, the fastest first, and ``constants``, what they say the module's should be.
     """
     never, always = {"FEW_TOKENS": 0}, {"FEW_TOKENS": 10**6}
-    tried = [found.coded(1, values) for values in combinations(few)]
+    tried = [found.coded(1, values | {"LAUNCH_EARLY": False}) for values in combinations(few)]
     shapes = best(tried)
-    fastest = {name: shapes[0][name] for name in few}
     early = [
         found.coded(1, {name: row[name] for name in few} | {"LAUNCH_EARLY": True})
         for row in shapes[:EARLY]
         if found.device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
     ]
-    if best(early) and best(early)[0]["us"] < shapes[0]["us"]:
-        fastest = {name: best(early)[0][name] for name in (*few, "LAUNCH_EARLY")}
+    fastest = {name: best([*shapes, *early])[0][name] for name in (*few, "LAUNCH_EARLY")}
     decodings = best([found.coded(64, never | values) for values in combinations(decoded)])
     decoding = {name: decodings[0][name] for name in decoded}
     by_tokens = []

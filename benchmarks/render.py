@@ -316,6 +316,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "start_up": start_up,
     "soak": lambda result: f"{soak(result)}\n({machine(result['environment'])}; made by `benchmarks/soak.py`.)\n",
     "hlwq_linear": lambda result: render_hlwq.hlwq_linear(result, machine(result["linear"]["environment"])),
+    "hlwq_gpu": lambda result: render_hlwq.hlwq_gpu(result, render_gpu.card),
     "hlwq_load": lambda result: render_hlwq.hlwq_load(result, machine(result["environment"])),
 }
 

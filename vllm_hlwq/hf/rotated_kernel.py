@@ -19,21 +19,22 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from .coded_weight import CodeFormat
 
-FEW_TOKENS = 3
+# What was fastest on an H100: ``benchmarks/hlwq_linear.py --sweep`` prints the values of another GPU.
+FEW_TOKENS = 4
 """Most tokens for which codes are read again for each; the second time they come from the GPU's cache. With more, a
 decoded weight and a library's product are faster."""
-ROWS, GROUPS, AHEAD = 8, 128, 2
+ROWS, GROUPS, AHEAD = 2, 128, 1
 """Of a program of few tokens: output features, groups of codes side by side, and rows read in advance, enough to hide
 the memory's latency."""
 WORD_CODES = 32
 """Codes of a group that is read by words: as many words as a code has bits. Blocks hold a whole number of groups."""
-LAUNCH_EARLY = False
+LAUNCH_EARLY = True
 """Let few tokens' programs start, and read codes, while the rotation runs: from compute capability 9.0 on."""
-GROUPS_DECODED, WARPS_DECODED = 256, 4
+GROUPS_DECODED, WARPS_DECODED = 1024, 8
 """Of a program that decodes: groups of eight codes, and warps."""
 DECODED_AT_ONCE = 2**26
 """Weights that are decoded before they are multiplied: an output layer's need not all be in memory."""
-ROTATED_BY_KERNEL = 64
+ROTATED_BY_KERNEL = 16
 """Most tokens that the kernel rotates; for more a library's product with H is faster."""
 
 
@@ -154,6 +155,11 @@ def _decode(  # type: ignore[no-untyped-def]
     tl.store(target, weight.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
+def launches_early(device: torch.device) -> bool:
+    """Whether few tokens' programs are launched before the rotation has ended: where the GPU can, unless forbidden."""
+    return LAUNCH_EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def rotate(activation: torch.Tensor, layout: CodeFormat, by_words: bool = False) -> torch.Tensor:
     """``x H`` by blocks, the last one padded with zeros.
 
@@ -178,7 +184,7 @@ def rotate(activation: torch.Tensor, layout: CodeFormat, by_words: bool = False)
     strides = (1, groups) if by_words else (WORD_CODES, 1)
     _rotate[(layout.blocks, tokens)](
         activation, out, layout.in_features, width, *strides, layout.block_size**-0.5,
-        HIGH=layout.block_size // low, LOW=low, GROUP=WORD_CODES, EARLY=by_words and LAUNCH_EARLY,
+        HIGH=layout.block_size // low, LOW=low, GROUP=WORD_CODES, EARLY=by_words and launches_early(activation.device),
         num_warps=4,
     )  # fmt: skip
     return out
@@ -232,11 +238,11 @@ def rotated_linear(
                 torch.mm(rotated, weight.T, out=out[:, chunk])
             return out
         groups = min(GROUPS, max(32, triton.next_power_of_2(layout.blocks * layout.block_size // WORD_CODES)))
-        early = {"launch_pdl": True} if LAUNCH_EARLY else {}
+        early = launches_early(activation.device)
         _few_tokens[(triton.cdiv(rows, ROWS), tokens)](
             rotate(activation, layout, by_words=True), packed.view(torch.int32), norms.view(torch.float16),
             layout.levels(activation.device), out, rows, BLOCKS=layout.blocks, BITS=layout.bits,
-            BLOCK_SIZE=layout.block_size, ROWS=ROWS, GROUPS=groups, AHEAD=AHEAD, EARLY=LAUNCH_EARLY,
-            num_warps=groups // 32, **early,
+            BLOCK_SIZE=layout.block_size, ROWS=ROWS, GROUPS=groups, AHEAD=AHEAD, EARLY=early,
+            num_warps=groups // 32, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
