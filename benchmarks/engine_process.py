@@ -140,17 +140,22 @@ def run_task(
 
 
 def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
-    """Start engines all at once and measure them one after the other, in order; then all end.
+    """Start engines all at once, each with its specification, and ``measure_side_by_side``."""
+    for task, specification in tasks.items():
+        task.start(specification)
+    return measure_side_by_side(list(tasks), timeout)
+
+
+def measure_side_by_side(tasks: list[Task], timeout: float) -> list[dict[str, Any]]:
+    """Wait for engines that were started and measure them one after the other, in order; then all end.
 
     What they take of the host, and of a GPU as a whole, is known only where it is one engine: else it is None.
 
     Args:
-        tasks: each with its specification.
-        timeout: seconds for all starts, and again for each measurement.
+        tasks: all that are there.
+        timeout: seconds from now for all starts, and again for each measurement.
     """
     try:
-        for task, specification in tasks.items():
-            task.start(specification)
         deadline = time.monotonic() + timeout
         for task in tasks:
             task.wait_until_started(deadline)

@@ -196,6 +196,19 @@ def probe(_: dict[str, Any], started: Callable[[], None]) -> dict[str, Any]:
     return {"environment": environment.describe(), "bytes_per_second": host_to_device_bandwidth(device)}
 
 
+def gather(specification: dict[str, Any], started: Callable[[], None]) -> dict[str, Any]:
+    """The gather part of ``moe_layer.py`` for the shape that is specified."""
+    from gather_link import measure as measure_gather
+
+    from vllm_hlwq.bench.moe_shapes import SHAPES
+
+    started()
+    return measure_gather(SHAPES[specification["shape"]], swept=False, cuda_cpp=None)
+
+
+TASKS = {"probe": probe, "engine": run, "gather": gather}
+
+
 def main(out: Path) -> None:
     """Do the task of the first line; measure after the second; end when there will be no more."""
 
@@ -207,7 +220,7 @@ def main(out: Path) -> None:
     given = json.loads(sys.stdin.readline() or "null")
     if given is None:  # it was prepared in vain
         return
-    result = {"probe": probe, "engine": run}[given["task"]](given, started)
+    result = TASKS[given["task"]](given, started)
     unfinished = out.with_suffix(".part")
     unfinished.write_text(json.dumps(result))
     unfinished.replace(out)

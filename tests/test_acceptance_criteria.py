@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import gpu_acceptance
+import acceptance_engines
 import pytest
 from acceptance_criteria import PROMISES, judge
 from gpu_speed_chart import groups
@@ -121,9 +121,9 @@ def test_the_chart_shows_decoding_at_each_share_of_experts(engines: dict[str, An
 
 
 def test_every_engine_is_in_a_group_after_those_that_it_needs() -> None:
-    order = [name for group in gpu_acceptance.GROUPS for name in group]
-    assert sorted(order) == sorted(gpu_acceptance.ENGINE_NAMES)
-    group_of = {name: number for number, group in enumerate(gpu_acceptance.GROUPS) for name in group}
-    assert all(group_of[equal] < group_of[name] for name, (equal, _) in gpu_acceptance.OFFLOADED.items())
+    order = [name for group in acceptance_engines.GROUPS for name in group]
+    assert sorted(order) == sorted(acceptance_engines.ENGINE_NAMES)
+    group_of = {name: number for number, group in enumerate(acceptance_engines.GROUPS) for name in group}
+    assert all(group_of[equal] < group_of[name] for name, (equal, _) in acceptance_engines.OFFLOADED.items())
     # What is compared between engines is measured of each alone.
-    assert {("resident",), ("cache",)} < set(gpu_acceptance.GROUPS)
+    assert {("resident",), ("cache",)} < set(acceptance_engines.GROUPS)
