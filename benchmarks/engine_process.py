@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _RAISED = re.compile(
     r"^(?:\[rank\d+\]: )?(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?"  # what vLLM and torch put before a traceback's lines
     r"(?:\w+\.)*(\w*(?:Error|Exception|Failed|Unsupported)\w*: \S.*)$"
 )
+_VALIDATION = re.compile(r"ValidationError: \d+ validation errors? for \w+$")
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 _CONSEQUENCES = ("EngineDeadError", "Engine core initialization failed", "RuntimeError: cancelled", "WorkerProc init")
 
@@ -53,10 +55,12 @@ class HostMemory(threading.Thread):
 
 def failure_reason(log: str, returncode: int) -> str:
     """One line that says why a process failed: the first error in its log that is no consequence of another."""
-    for line in log.splitlines():
+    lines = log.splitlines()
+    for line, following in zip_longest(lines, lines[1:], fillvalue=""):
         match = _RAISED.match(line)
         if match and not any(consequence in match[1] for consequence in _CONSEQUENCES):
-            return match[1]
+            # pydantic says on the next line what is wrong.
+            return f"{match[1]}: {following.strip()}" if _VALIDATION.match(match[1]) and following else match[1]
     died = _DIED.search(log)
     if died:
         return died[0]

@@ -104,7 +104,7 @@ class Benchmark:
         for members, following in zip_longest(groups, groups[1:], fillvalue=[]):
             tasks = ready or [self._prepare(each) for each in members]
             ready = [self._prepare(each) for each in following] if group > 1 else []
-            specifications = [self._specification(each) for each in members]
+            specifications = [self._specification(each, GPU_SHARE / len(members)) for each in members]
             results = run_side_by_side(dict(zip(tasks, specifications, strict=True)), self.options.timeout)
             for each, specification, result in zip(members, specifications, results, strict=True):
                 row = {"configuration": each.name, "cache_size": each.size, "engine": specification["engine"], **result}
@@ -116,7 +116,7 @@ class Benchmark:
         routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
         return Task(routing, self._log_path(planned.name, planned.size), import_first=True)
 
-    def _specification(self, planned: Planned) -> dict[str, Any]:
+    def _specification(self, planned: Planned, gpu_share: float) -> dict[str, Any]:
         options = self.options
         decoding = [
             (batch, options.prompt_tokens, new) for batch, new in zip(options.batches, options.new_tokens, strict=True)
@@ -138,7 +138,7 @@ class Benchmark:
             common["attention_backend"] = options.attention_backend
         if self.cuda:
             common["kv_cache_memory_bytes"] = round(options.kv_cache_gib * 2**30)
-            common["gpu_memory_utilization"] = GPU_SHARE / options.start_together
+            common["gpu_memory_utilization"] = gpu_share
         return {
             "task": "engine", "cuda": self.cuda, "model": str(options.model), "cached": planned.name == "cache",
             "engine": common | planned.arguments, "repeats": options.repeats,

@@ -151,6 +151,9 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
     ("log", "code", "reason"),
     [
         (LOG, 1, "OutOfMemoryError: CUDA out of memory. Tried 2 GiB"),
+        ("pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+         "  Value error, max_model_len (9) is greater than 4\n    For further information visit", 1,
+         "ValidationError: 1 validation error for ModelConfig: Value error, max_model_len (9) is greater than 4"),
         ("[rank0]: ValueError: No common block size", 1, "ValueError: No common block size"),
         ("ERROR 1 [x.py:3] Worker proc VllmWorker-0 died unexpectedly (exit code: -4), shutting down executor.\n"
          "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue", 1,
