@@ -308,6 +308,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "moe_layer": render_gpu.moe_layer,
     "inside_gemm": render_gpu.inside_gemm,
     "gpu_acceptance": render_gpu.gpu_acceptance,
+    "gpu_acceptance_slower_link": render_gpu.gpu_acceptance,
     "gpu_speed": render_gpu.gpu_speed,
     "sizing": sizing,
     "kv_cache": kv_cache,
