@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py --model MODEL --cache-sizes 32,64 --out RESULT.json -- SERVER ARGUMENTS
 
-Servers run one after the other: the cache at each size, then stock vLLM, which also judges the greedy tokens of all of
-them. Around each run of the benchmark ``/metrics`` and the worker's counters are read, and what they grew by must be
-what the benchmark saw. A server that fails is a row that says why.
+Servers are measured one after the other: the cache at each size, then stock vLLM, which also judges the greedy tokens
+of all of them. They start one after the other too, or all at once (``--start-together``), which is faster where each
+gets a share of the GPU (``--gpu-memory-utilization``). Around each run of the benchmark ``/metrics`` and the worker's
+counters are read, and what they grew by must be what the benchmark saw. A server that fails is a row that says why.
 
 What stands after ``--`` goes to every server and wins over what is set here. On a GPU the resident server runs on
 Marlin, whose kernels the cache uses. Works with one GPU: counters are those of one worker.
@@ -21,11 +22,13 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench_client import BenchClient, BenchmarkFailed
 from engine_process import failure_reason, run_task
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +44,6 @@ from serve_checks import (
 from serve_client import (
     COPIES,
     SERVED_NAME,
-    BenchmarkFailed,
     Load,
     Reading,
     Spoken,
@@ -65,60 +67,79 @@ ENDING_SECONDS = 5
 _REFUSED = re.compile(r"^vllm(?: serve)?: error: (.*)$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A server to be measured: its name, the cache's size, its checkpoint, and what it alone is told."""
+
+    name: str
+    size: int | None
+    model: Path
+    arguments: tuple[str, ...]
+
+
 @dataclass
 class Benchmark:
     """The servers of one run.
 
     Attributes:
+        client: makes the load.
         result: JSON values, true of what was measured so far.
         spoken: greedy tokens of each server by its name.
     """
 
     options: argparse.Namespace
+    client: BenchClient
     result: dict[str, Any]
     spoken: dict[str, list[Spoken]] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Measure all servers; they end when they have been measured, and at the latest when this does."""
         options = self.options
-        for size in options.cache_sizes:
-            self.serve(f"cache of {size}", size, options.model, [flag("cache_size"), str(size)])
-        backend = ["--moe-backend", "marlin"] if "gpu" in self.result["environment"] else []
-        self.serve("resident", None, options.resident_model or options.model, backend)
+        backend = ("--moe-backend", "marlin") if "gpu" in self.result["environment"] else ()
+        planned = [
+            Planned(f"cache of {size}", size, options.model, (flag("cache_size"), str(size)))
+            for size in options.cache_sizes
+        ] + [Planned("resident", None, options.resident_model or options.model, backend)]
+        with ExitStack() as stack:
+            started = {each: self.start(each, stack) for each in planned if options.start_together}
+            for each in planned:
+                self.serve(each, *(started.get(each) or self.start(each, stack)))
         self.result["complete"] = True
         self.save()
 
-    def serve(self, name: str, size: int | None, model: Path, arguments: list[str]) -> None:
-        """One server from its start to its end: a row, and checks."""
-        row: dict[str, Any] = {"server": name, "cache_size": size, "status": "failed", "measurements": []}
+    def start(self, planned: Planned, stack: ExitStack) -> tuple[Server, Callable[[], object]]:
+        """Start a server, which ends with ``stack`` or when the function is called that comes with it."""
+        routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
+        words = (*common_arguments(self.options), *planned.arguments, *self.options.server_arguments)
+        server, own = Server(planned.model, *words, environment=routing), ExitStack()
+        own.callback(self.put_away, server, planned.name)
+        stack.push(own)
+        return server, own.close
+
+    def serve(self, planned: Planned, server: Server, end: Callable[[], object]) -> None:
+        """Measure one server and end it: a row, and checks."""
+        name = planned.name
+        row: dict[str, Any] = {
+            "server": name, "cache_size": planned.size, "status": "failed", "measurements": [],
+            "command": server.command[1:],
+        }  # fmt: skip
         checks: list[Check] = []
         begun = time.monotonic()
-        with ExitStack() as stack:
-            routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
-            server = Server(model, *self.common(), *arguments, *self.options.server_arguments, environment=routing)
-            stack.callback(self.put_away, server, name)
-            row["command"] = server.command[1:]
-            try:
-                server.wait_until_healthy()
-                row["start_up_seconds"] = time.monotonic() - begun
-                self.measure(server, row, checks)
-                row["status"] = "ok"
-            except (ServerFailed, BenchmarkFailed, OSError) as error:
-                row["reason"] = reason_of(error, server)
+        try:
+            server.wait_until_healthy()
+            row["start_up_seconds"] = None if self.options.start_together else time.monotonic() - begun
+            self.measure(server, row, checks)
+            row["status"] = "ok"
+        except (ServerFailed, BenchmarkFailed, OSError) as error:
+            row["reason"] = reason_of(error, server)
+        finally:
+            end()
         row["seconds"] = time.monotonic() - begun
         checks.append(Check(f"{name}: serves", row["status"] == "ok", row.get("reason", "all was measured")))
         self.result["servers"].append(row)
         self.result["checks"] += [vars(check) for check in checks]
         print(f"{name}: {row['status']} in {row['seconds']:.0f} s {row.get('reason', '')}", flush=True)
         self.save()
-
-    def common(self) -> list[str]:
-        """Arguments of every server."""
-        options = self.options
-        length = max(options.input_tokens + options.output_tokens, SHORT) + SLACK
-        return [
-            "--served-model-name", SERVED_NAME, "--max-model-len", str(length), "--seed", "0",
-            "--max-num-seqs", str(max(*options.concurrency, COPIES * len(PROMPTS))), "--no-enable-prefix-caching",
-        ]  # fmt: skip
 
     def measure(self, server: Server, row: dict[str, Any], checks: list[Check]) -> None:
         name = row["server"]
@@ -139,7 +160,7 @@ class Benchmark:
         warm_up(server, concurrency, options.input_tokens, options.output_tokens)
         before = Reading.of(server, cache is not None)
         load = Load(options.model, concurrency, requests, options.input_tokens, options.output_tokens, options.timeout)
-        found = load.run(server, self.log_path(f"{row['server']} bench {concurrency}"))
+        found = load.run(self.client, server, self.log_path(f"{row['server']} bench {concurrency}"))
         after = Reading.of(server, cache is not None)
         metrics = difference(after.metrics, before.metrics)
         checks += traffic_checks(where, found, metrics, requests, options.output_tokens)
@@ -175,6 +196,15 @@ class Benchmark:
         if self.options.out is not None:
             with replacing(self.options.out) as file:
                 os.write(file, (json.dumps(self.result, indent=2) + "\n").encode())
+
+
+def common_arguments(options: argparse.Namespace) -> list[str]:
+    """Of every server."""
+    length = max(options.input_tokens + options.output_tokens, SHORT) + SLACK
+    return [
+        "--served-model-name", SERVED_NAME, "--max-model-len", str(length), "--seed", "0",
+        "--max-num-seqs", str(max(*options.concurrency, COPIES * len(PROMPTS))), "--no-enable-prefix-caching",
+    ]  # fmt: skip
 
 
 def reason_of(error: Exception, server: Server) -> str:
@@ -224,6 +254,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--prompts-per-client", type=int, default=4)
+    parser.add_argument(
+        "--start-together", action="store_true", help="start all servers at once; start-up stays unknown"
+    )
     parser.add_argument("--routing", choices=sorted(ROUTINGS), default="model", help="who picks the experts")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one run of the benchmark")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what servers and benchmarks print in DIR")
@@ -250,13 +283,18 @@ def main(words: list[str] | None = None) -> int:
         "input_tokens": options.input_tokens,
         "output_tokens": options.output_tokens,
         "prompts_per_client": options.prompts_per_client,
+        "started_together": options.start_together,
         "server_arguments": options.server_arguments,
         "complete": False,
         "servers": [],
         "tokens": {"compared": False, "why": SIMULATED} if simulated else {"compared": True, "servers": {}},
         "checks": [],
     }
-    Benchmark(options, result).run()
+    client = BenchClient()
+    try:
+        Benchmark(options, client, result).run()
+    finally:
+        client.stop()
     print_table(result)
     return int(not all(check["kept"] for check in result["checks"]))
 

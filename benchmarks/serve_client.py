@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_process import failure_reason
+from bench_client import BenchClient
 from soak_checks import settled
 
 from vllm_hlwq.bench.prompts import PROMPTS
-from vllm_hlwq.bench.server import ENVIRONMENT, VLLM, Server
+from vllm_hlwq.bench.server import Server
 from vllm_hlwq.bench.teacher_forcing import gaps
 
 SERVED_NAME = "served"
@@ -29,10 +27,6 @@ KEPT = (
     "completed", "failed", "total_input_tokens", "total_output_tokens", "duration", "output_throughput",
     "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "max_concurrent_requests",
 )  # fmt: skip
-
-
-class BenchmarkFailed(RuntimeError):
-    """``vllm bench serve`` did not end well; the message is a line."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +107,15 @@ class Load:
     new_tokens: int
     timeout: float
 
-    def run(self, server: Server, keep_log: Path | None = None) -> dict[str, Any]:
+    def run(self, client: BenchClient, server: Server, keep_log: Path | None = None) -> dict[str, Any]:
         """The benchmark's own figures.
 
         Raises:
             BenchmarkFailed: it ended with an error, or not in time.
         """
         with tempfile.TemporaryDirectory(prefix="serve-") as folder:
-            command = [
-                VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", SERVED_NAME,
+            arguments = [
+                "--backend", "openai", "--base-url", server.url, "--model", SERVED_NAME,
                 "--tokenizer", str(self.tokenizer), "--dataset-name", "random", "--seed", "0",
                 "--random-input-len", str(self.input_tokens), "--random-output-len", str(self.new_tokens),
                 "--num-prompts", str(self.requests), "--max-concurrency", str(self.concurrency),
@@ -130,19 +124,6 @@ class Load:
                 "--num-warmups", "0", "--ready-check-timeout-sec", "0",
                 "--save-result", "--result-dir", folder, "--result-filename", "result.json",
             ]  # fmt: skip
-            environment = {**os.environ, **ENVIRONMENT}
-            log = keep_log or Path(folder, "log")
-            with log.open("w") as stream:
-                try:
-                    done = subprocess.run(
-                        command, stdout=stream, stderr=subprocess.STDOUT, timeout=self.timeout, env=environment
-                    )
-                except subprocess.TimeoutExpired:
-                    raise BenchmarkFailed(
-                        f"vllm bench serve: not done after {self.timeout:.0f} s (--timeout)"
-                    ) from None
-            if done.returncode:
-                reason = failure_reason(log.read_text(errors="replace"), done.returncode)
-                raise BenchmarkFailed(f"vllm bench serve: {reason}")
+            client.run(arguments, keep_log or Path(folder, "log"), self.timeout)
             found = json.loads(Path(folder, "result.json").read_text())
         return {name: found[name] for name in KEPT}

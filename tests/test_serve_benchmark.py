@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import render_gpu
 import serve
+from bench_client import BenchClient, BenchmarkFailed
 from engine_process import ENGINE_RUN
 from serve_checks import (
     CACHE,
@@ -43,8 +45,9 @@ def result(tiny_int4: Path, tiny_int4_float32: Path, tmp_path_factory: pytest.Te
             sys.executable, str(ENGINE_RUN.with_name("serve.py")), "--model", str(tiny_int4),
             "--resident-model", str(tiny_int4_float32), "--cache-sizes", f"{SIZE},{TOO_LARGE}",
             "--concurrency", ",".join(map(str, CLIENTS)), "--prompts-per-client", str(PER_CLIENT),
-            "--input-tokens", str(INPUT), "--output-tokens", str(OUTPUT), "--logs", str(folder / "logs"),
-            "--out", str(folder / "result.json"), "--", "--dtype", "float32", "--enforce-eager",
+            "--input-tokens", str(INPUT), "--output-tokens", str(OUTPUT), "--start-together",
+            "--logs", str(folder / "logs"), "--out", str(folder / "result.json"),
+            "--", "--dtype", "float32", "--enforce-eager",
         ],
         # Threads that wait by spinning steal each other's time on two cores.
         capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
@@ -85,6 +88,25 @@ def test_servers_answer_what_vllms_benchmark_asks_and_count_it(result: dict[str,
         missed = found["queries"] - found["hits"]
         moved = found["bytes_per_generated_token"] * found["total_output_tokens"]
         assert moved == pytest.approx(missed * cache["record_bytes"])
+
+
+def test_a_load_that_cannot_be_made_is_a_line_and_the_next_one_runs(tmp_path: Path) -> None:
+    client, log = BenchClient(), tmp_path / "log"
+    try:
+        with pytest.raises(BenchmarkFailed, match=r"^vllm bench serve: ended with code 2"):
+            client.run(["--num-prompts", "several"], log, 120)
+        assert "invalid int value: 'several'" in log.read_text()
+        # Nobody answers at this address, and the benchmark would wait for it.
+        nobody = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--ready-check-timeout-sec", "60"]
+        with pytest.raises(BenchmarkFailed, match="not done after 1 s"):
+            client.run([*nobody, "--dataset-name", "random"], log, 1)
+        client.run(["--help"], log, 120)
+        assert "--max-concurrency" in log.read_text()
+        os.killpg(client._process.pid, signal.SIGKILL)
+        with pytest.raises(BenchmarkFailed, match="cannot be run: ended by SIGKILL"):
+            client.run(["--help"], log, 120)
+    finally:
+        client.stop()
 
 
 @pytest.mark.server
@@ -202,7 +224,7 @@ def test_what_follows_two_dashes_is_for_the_servers() -> None:
     options = serve.parse(words)
     assert options.server_arguments == ["--attention-backend", "TRITON_ATTN"]
     assert (options.cache_sizes, options.concurrency, options.routing) == ([32, 64], [1, 8, 32], "model")
-    common = serve.Benchmark(options, {}).common()
+    common = serve.common_arguments(options)
     assert common[common.index("--max-num-seqs") + 1] == "32"
     assert int(common[common.index("--max-model-len") + 1]) >= 256 + 64
 
