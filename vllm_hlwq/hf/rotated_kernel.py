@@ -156,8 +156,12 @@ def _decode(  # type: ignore[no-untyped-def]
 
 
 def launches_early(device: torch.device) -> bool:
-    """Whether few tokens' programs are launched before the rotation has ended: where the GPU can, unless forbidden."""
-    return LAUNCH_EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether few tokens' programs are launched before the rotation has ended: where the GPU can, unless forbidden.
+
+    Not in what torch.compile traces, which knows no such launches.
+    """
+    able = device.type == "cuda" and not torch.compiler.is_compiling()
+    return LAUNCH_EARLY and able and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def rotate(activation: torch.Tensor, layout: CodeFormat, by_words: bool = False) -> torch.Tensor:
