@@ -121,7 +121,9 @@ def install_torch(pip: list[str | Path]) -> None:
 
 def allow_amx(venv_dir: Path) -> None:
     """Let every Python of the environment use AMX tiles, where the processor has them."""
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(venv_dir), "platbase": str(venv_dir)}))
+    # Of an environment: outside one, Debian's Python has its packages elsewhere.
+    bases = {"base": str(venv_dir), "platbase": str(venv_dir)}
+    packages = Path(sysconfig.get_path("purelib", "venv", vars=bases))
     (packages / "vllm_cpu_amx.py").write_text(AMX_PERMISSION)
     (packages / "vllm_cpu_amx.pth").write_text("import vllm_cpu_amx\n")
 
