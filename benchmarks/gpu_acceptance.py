@@ -76,20 +76,32 @@ def results_of(running: dict[str, subprocess.Popen[bytes]], logs: Path) -> dict[
     return results
 
 
-def measure(
+def measure_performance(
     performance: Performance,
     options: argparse.Namespace,
     result: dict[str, Any],
     tests: dict[str, subprocess.Popen[bytes]],
-    save: Callable[[], None],
+    keep: Callable[[], None],
 ) -> None:
-    """Measure the gather kernel and all chosen engines, once the tests are over; ``result`` is saved now and then."""
+    """Measure the gather kernel and all chosen engines, once the tests are over.
+
+    Args:
+        performance: the engines.
+        options: of the command.
+        result: gets what is found.
+        tests: that run; engines start beside them.
+        keep: saves ``result``, whenever there is more of it: that much survives whatever comes.
+
+    Raises:
+        SystemExit: the gather kernel cannot be measured.
+    """
     chosen = [tuple(name for name in group if name in options.engines) for group in GROUPS]
     groups = [group for group in chosen if group]
     performance.start(groups[0])
     performance.prepare(["gather"])
     if tests:
         result["tests"] = results_of(tests, performance.logs)
+        keep()
     specification = {"task": "gather", "shape": SHAPE}
     found = run_side_by_side({performance.waiting.pop("gather"): specification}, options.timeout)[0]
     if found["status"] != "ok":
@@ -100,7 +112,7 @@ def measure(
             performance.start(group)
         performance.prepare(following)
         performance.measure(group)
-        save()  # what is known by now survives whatever comes
+        keep()
 
 
 def added_to(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +213,7 @@ def main(words: list[str] | None = None) -> int:
                     make_checkpoint(SHAPE, performance.model, options.layers)
                 result |= {"model": SHAPE, "layers": options.layers, "compiled": options.compile}
                 result["engines"] = performance.engines
-                measure(performance, options, result, running, lambda: save(result, options.out, start))
+                measure_performance(performance, options, result, running, lambda: save(result, options.out, start))
             else:
                 result["tests"] = results_of(running, logs)
         finally:
