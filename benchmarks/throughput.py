@@ -176,13 +176,12 @@ def expert_memory(sizes: dict[str, Any]) -> ExpertMemory:
 
 
 def whole_numbers(text: str) -> list[int]:
-    numbers = sorted({int(part) for part in text.split(",")})
-    if numbers[0] < 1:
-        raise ValueError(text)
-    return numbers
+    """Positive numbers in order, each once."""
+    return sorted(set(numbers_as_given(text)))
 
 
-def lengths(text: str) -> list[int]:
+def numbers_as_given(text: str) -> list[int]:
+    """Positive numbers as they stand."""
     numbers = [int(part) for part in text.split(",")]
     if min(numbers) < 1:
         raise ValueError(text)
@@ -203,7 +202,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=whole_numbers, default=[1, 4, 8, 32], help="requests at once (1,4,8,32)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument(
-        "--new-tokens", type=lengths, default=[64], metavar="N,N",
+        "--new-tokens", type=numbers_as_given, default=[64], metavar="N,N",
         help="decoding steps that are timed: one number, or one for each of --batches from the smallest (64)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3)
