@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_client import BenchClient, BenchmarkFailed
+from bench_process import BenchmarkFailed, BenchProcess
 from engine_process import failure_reason, run_task
 from rich.console import Console
 from rich.table import Table
@@ -82,13 +82,13 @@ class Benchmark:
     """The servers of one run.
 
     Attributes:
-        client: makes the load.
+        bench: runs vLLM's benchmark.
         result: JSON values, true of what was measured so far.
         spoken: greedy tokens of each server by its name.
     """
 
     options: argparse.Namespace
-    client: BenchClient
+    bench: BenchProcess
     result: dict[str, Any]
     spoken: dict[str, list[Spoken]] = field(default_factory=dict)
 
@@ -160,7 +160,7 @@ class Benchmark:
         warm_up(server, concurrency, options.input_tokens, options.output_tokens)
         before = Reading.of(server, cache is not None)
         load = Load(options.model, concurrency, requests, options.input_tokens, options.output_tokens, options.timeout)
-        found = load.run(self.client, server, self.log_path(f"{row['server']} bench {concurrency}"))
+        found = load.run(self.bench, server, self.log_path(f"{row['server']} bench {concurrency}"))
         after = Reading.of(server, cache is not None)
         metrics = difference(after.metrics, before.metrics)
         checks += traffic_checks(where, found, metrics, requests, options.output_tokens)
@@ -290,11 +290,11 @@ def main(words: list[str] | None = None) -> int:
         "tokens": {"compared": False, "why": SIMULATED} if simulated else {"compared": True, "servers": {}},
         "checks": [],
     }
-    client = BenchClient()
+    bench = BenchProcess()
     try:
-        Benchmark(options, client, result).run()
+        Benchmark(options, bench, result).run()
     finally:
-        client.stop()
+        bench.stop()
     print_table(result)
     return int(not all(check["kept"] for check in result["checks"]))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_client import BenchClient
+from bench_process import BenchProcess
 from soak_checks import settled
 
 from vllm_hlwq.bench.prompts import PROMPTS
@@ -107,7 +107,7 @@ class Load:
     new_tokens: int
     timeout: float
 
-    def run(self, client: BenchClient, server: Server, keep_log: Path | None = None) -> dict[str, Any]:
+    def run(self, bench: BenchProcess, server: Server, keep_log: Path | None = None) -> dict[str, Any]:
         """The benchmark's own figures.
 
         Raises:
@@ -124,6 +124,6 @@ class Load:
                 "--num-warmups", "0", "--ready-check-timeout-sec", "0",
                 "--save-result", "--result-dir", folder, "--result-filename", "result.json",
             ]  # fmt: skip
-            client.run(arguments, keep_log or Path(folder, "log"), self.timeout)
+            bench.run(arguments, keep_log or Path(folder, "log"), self.timeout)
             found = json.loads(Path(folder, "result.json").read_text())
         return {name: found[name] for name in KEPT}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import render_gpu
 import serve
-from bench_client import BenchClient, BenchmarkFailed
+from bench_process import BenchmarkFailed, BenchProcess
 from engine_process import ENGINE_RUN
 from serve_checks import (
     CACHE,
@@ -91,22 +91,22 @@ def test_servers_answer_what_vllms_benchmark_asks_and_count_it(result: dict[str,
 
 
 def test_a_load_that_cannot_be_made_is_a_line_and_the_next_one_runs(tmp_path: Path) -> None:
-    client, log = BenchClient(), tmp_path / "log"
+    bench, log = BenchProcess(), tmp_path / "log"
     try:
         with pytest.raises(BenchmarkFailed, match=r"^vllm bench serve: ended with code 2"):
-            client.run(["--num-prompts", "several"], log, 120)
+            bench.run(["--num-prompts", "several"], log, 120)
         assert "invalid int value: 'several'" in log.read_text()
         # Nobody answers at this address, and the benchmark would wait for it.
         nobody = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--ready-check-timeout-sec", "60"]
         with pytest.raises(BenchmarkFailed, match="not done after 1 s"):
-            client.run([*nobody, "--dataset-name", "random"], log, 1)
-        client.run(["--help"], log, 120)
+            bench.run([*nobody, "--dataset-name", "random"], log, 1)
+        bench.run(["--help"], log, 120)
         assert "--max-concurrency" in log.read_text()
-        os.killpg(client._process.pid, signal.SIGKILL)
+        os.killpg(bench._process.pid, signal.SIGKILL)
         with pytest.raises(BenchmarkFailed, match="cannot be run: ended by SIGKILL"):
-            client.run(["--help"], log, 120)
+            bench.run(["--help"], log, 120)
     finally:
-        client.stop()
+        bench.stop()
 
 
 @pytest.mark.server

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from engine_process import failure_reason, stop_group
 
@@ -26,12 +25,12 @@ class BenchmarkFailed(RuntimeError):
     """``vllm bench serve`` did not end well; the message is a line."""
 
 
-class BenchClient:
+class BenchProcess:
     """The process; to be ended with ``stop``."""
 
     def __init__(self) -> None:
         """Start it; it imports vLLM while others start."""
-        self._folder = tempfile.TemporaryDirectory(prefix="bench-client-")
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-process-")
         self._log = Path(self._folder.name, "log")
         self._process = self._start()
 
@@ -77,7 +76,7 @@ class BenchClient:
         self._folder.cleanup()
 
 
-def run_forked(run: Any, log: str, arguments: list[str]) -> int:
+def run_forked(run: Callable[[list[str]], object], log: str, arguments: list[str]) -> int:
     """Exit status of ``run(arguments)`` in a fork, negative for a signal, its output in a file."""
     child = os.fork()
     if child:
