@@ -96,7 +96,7 @@ def measure_cache(device: torch.device, steps: int = CACHE_STEPS) -> dict[str, A
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to(device)
         caches = {"BF16": DynamicCache(config=config), "HLWQ 3 bit": HLWQCache(config, bits=3)}
         seconds: dict[str, list[float]] = {cache: [] for cache in caches}
-        # Attention prepares itself anew for every length: whoever came first would pay for all.
+        # What attention may prepare for a length, a cache does not pay for because it comes first.
         before = DynamicCache(config=config)
         for own in (before, *caches.values()):
             fill(own, config, SPEED_LENGTH, device)
