@@ -94,9 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in chosen.parts:
         result[name], text = PARTS[name](chosen)
         print(text, flush=True)
-    if chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "moe_layer.json").write_text(json.dumps(result, indent=2) + "\n")
+        if chosen.out:  # after each part: a later one may fail
+            chosen.out.mkdir(parents=True, exist_ok=True)
+            (chosen.out / "moe_layer.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "processor": fields.get("model name\t", platform.machine()).strip(),
         "cores": torch.get_num_threads(),
+        "available_cpus": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory) / 2**20, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **(describe_gpu() if torch.cuda.is_available() else {}),
