@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ class Performance:
                 self.begun[name] = {"engine": specification["engine"], "routing": engine.routing}
                 self.waiting[name].start(specification)
 
-    def measure(self, names: tuple[str, ...]) -> None:
-        """Measure engines that have been started, and end them."""
+    def measure(self, names: tuple[str, ...], keep: Callable[[], None]) -> None:
+        """Measure engines that have been started, and end them; ``keep`` is called after each."""
         tasks = {name: self.waiting.pop(name) for name in names if name in self.begun}
         if not tasks:
             return
@@ -104,6 +104,7 @@ class Performance:
         for name, result in zip(tasks, measure_side_by_side(list(tasks.values()), self.timeout), strict=True):
             print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)
             self.engines[name] = self.begun.pop(name) | result
+            keep()
         print(f"in {time.monotonic() - start:.0f} s", flush=True)
 
     def end(self) -> None:

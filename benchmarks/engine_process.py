@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -140,41 +141,44 @@ def run_task(
     specification: dict[str, Any], environment: dict[str, str], timeout: float, keep_log: Path | None = None
 ) -> dict[str, Any]:
     """Run a task in a process that is started for it: its result, or the reason why there is none."""
-    return run_side_by_side({Task(environment, keep_log): specification}, timeout)[0]
+    (result,) = run_side_by_side({Task(environment, keep_log): specification}, timeout)
+    return result
 
 
-def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
+def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> Iterator[dict[str, Any]]:
     """Start engines all at once, each with its specification, and ``measure_side_by_side``."""
     for task, specification in tasks.items():
         task.start(specification)
-    return measure_side_by_side(list(tasks), timeout)
+    yield from measure_side_by_side(list(tasks), timeout)
 
 
-def measure_side_by_side(tasks: list[Task], timeout: float) -> list[dict[str, Any]]:
-    """Wait for engines that were started and measure them one after the other, in order; then all end.
+def measure_side_by_side(tasks: list[Task], timeout: float) -> Iterator[dict[str, Any]]:
+    """Wait for engines that were started and measure them one after the other, in order; after the last, all end.
 
     What they take of the host, and of a GPU as a whole, is known only where it is one engine: else it is None.
 
     Args:
         tasks: all that are there.
         timeout: seconds from now for all starts, and again for each measurement.
+
+    Yields:
+        Each result as soon as it is there, so that what follows cannot cost it.
     """
     try:
         deadline = time.monotonic() + timeout
         for task in tasks:
             task.wait_until_started(deadline)
-        results = [task.measure(time.monotonic() + timeout) for task in tasks]
+        for task in tasks:
+            result = task.measure(time.monotonic() + timeout)
+            if len(tasks) > 1 and result["status"] == "ok":
+                result["host_peak_bytes"] = None
+                result["start_up_seconds"] = None
+                if result.get("gpu_memory") is not None:
+                    result["gpu_memory"]["in_use"] = None
+            yield result
     finally:
         with ThreadPoolExecutor(len(tasks)) as together:
             list(together.map(lambda task: task.end(ENDING_SECONDS), tasks))
-    if len(tasks) > 1:
-        for result in results:
-            if result["status"] == "ok":
-                result["host_peak_bytes"] = None
-                result["start_up_seconds"] = None
-                if result["gpu_memory"] is not None:
-                    result["gpu_memory"]["in_use"] = None
-    return results
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:

@@ -103,7 +103,7 @@ def measure_performance(
         result["tests"] = results_of(tests, performance.logs)
         keep()
     specification = {"task": "gather", "shape": SHAPE}
-    found = run_side_by_side({performance.waiting.pop("gather"): specification}, options.timeout)[0]
+    (found,) = run_side_by_side({performance.waiting.pop("gather"): specification}, options.timeout)
     if found["status"] != "ok":
         raise SystemExit(f"gpu_acceptance: the gather kernel was not measured: {found['reason']}")
     result["gather"] = found
@@ -111,8 +111,7 @@ def measure_performance(
         if group != groups[0]:
             performance.start(group)
         performance.prepare(following)
-        performance.measure(group)
-        keep()
+        performance.measure(group, keep)
 
 
 def added_to(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

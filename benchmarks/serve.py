@@ -37,7 +37,8 @@ from serve_checks import (
     cache_checks,
     cache_figures,
     difference,
-    token_check,
+    shift_figures,
+    token_checks,
     token_figures,
     traffic_checks,
 )
@@ -45,10 +46,12 @@ from serve_client import (
     COPIES,
     SERVED_NAME,
     Load,
+    Read,
     Reading,
     Spoken,
     greedy,
     judged,
+    read,
     warm_up,
 )
 from throughput import ROUTINGS, whole_numbers
@@ -85,12 +88,14 @@ class Benchmark:
         bench: runs vLLM's benchmark.
         result: JSON values, true of what was measured so far.
         spoken: greedy tokens of each server by its name.
+        read: what each server says of the fixed texts, by its name.
     """
 
     options: argparse.Namespace
     bench: BenchProcess
     result: dict[str, Any]
     spoken: dict[str, list[Spoken]] = field(default_factory=dict)
+    read: dict[str, Read] = field(default_factory=dict)
 
     def run(self) -> None:
         """Measure all servers; they end when they have been measured, and at the latest when this does."""
@@ -146,7 +151,7 @@ class Benchmark:
         if row["cache_size"] is not None:
             (row["expert_cache"],) = server.post("/collective_rpc", {"method": "expert_cache_sizes"})["results"]
         if self.options.routing == "model":
-            self.spoken[name] = greedy(server)
+            self.spoken[name], self.read[name] = greedy(server), read(server)
             if row["cache_size"] is None:
                 checks += self.judge(server)
         for concurrency in self.options.concurrency:
@@ -173,13 +178,18 @@ class Benchmark:
         return figures
 
     def judge(self, server: Server) -> list[Check]:
-        """The resident server's word on all greedy tokens, its own among them."""
-        tokens = self.result["tokens"]
+        """The resident server's word on all greedy tokens and on what was read of the fixed texts, its own too."""
+        tokens, resident = self.result["tokens"], self.read["resident"]
         for name, sequences in self.spoken.items():
-            heard = {token for one in sequences for token in one.tokens}
-            tokens["servers"][name] = token_figures(judged(server, sequences)) | {"distinct": len(heard)}
+            heard, texts = {token for one in sequences for token in one.tokens}, self.read[name]
+            both = (resident.at_once,) if texts is resident else (texts.alone, texts.at_once)
+            tokens["servers"][name] = {
+                **token_figures(judged(server, sequences)), "distinct": len(heard),
+                **shift_figures([value for one in both for value in one], resident.alone * len(both)),
+            }  # fmt: skip
         own = tokens["servers"]["resident"]
-        return [token_check(name, found, own) for name, found in tokens["servers"].items() if found is not own]
+        return [check for name, found in tokens["servers"].items() if found is not own
+                for check in token_checks(name, found, own)]  # fmt: skip
 
     def log_path(self, name: str) -> Path | None:
         logs: Path | None = self.options.logs

@@ -16,12 +16,14 @@ from soak_checks import settled
 
 from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.server import Server
-from vllm_hlwq.bench.teacher_forcing import gaps
+from vllm_hlwq.bench.teacher_forcing import gaps, prompt_logprobs
 
 SERVED_NAME = "served"
 COPIES = 2
 """How often each prompt is among those that are answered all at once."""
 GREEDY_TOKENS = 40
+TEXTS, TEXT_TOKENS = 16, 96
+"""Fixed texts that every server reads, and the tokens of each."""
 WARM_UP_TOKENS = 16
 KEPT = (
     "completed", "failed", "total_input_tokens", "total_output_tokens", "duration", "output_throughput",
@@ -35,6 +37,18 @@ class Spoken:
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Log probabilities that a server has of all tokens of the fixed texts.
+
+    alone: each text read by itself.
+    at_once: the same, all texts sent together, so that they share steps.
+    """
+
+    alone: tuple[float, ...]
+    at_once: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,27 @@ def greedy(server: Server) -> list[Spoken]:
     prompts = prompt_ids(server)
     alone = [continuation(server, prompt, GREEDY_TOKENS) for prompt in prompts]
     return alone + at_once(server, prompts * COPIES, GREEDY_TOKENS)
+
+
+def fixed_texts(server: Server) -> list[list[int]]:
+    """The prompts one after the other, over and over, from another token on in each text."""
+    ids = [token for prompt in prompt_ids(server) for token in prompt]
+    starts = [text * len(ids) // TEXTS for text in range(TEXTS)]
+    return [list(itertools.islice(itertools.cycle(ids), start, start + TEXT_TOKENS)) for start in starts]
+
+
+def read(server: Server) -> Read:
+    """What a server says of the fixed texts, which are the same for servers of one tokenizer."""
+    texts = fixed_texts(server)
+
+    def logprobs(text: list[int]) -> list[float]:
+        entries = prompt_logprobs(server, text, SERVED_NAME)
+        return [float(found[str(token)]["logprob"]) for token, found in zip(text[1:], entries, strict=True)]
+
+    alone = [value for text in texts for value in logprobs(text)]
+    with ThreadPoolExecutor(len(texts)) as clients:
+        at_once = [value for values in clients.map(logprobs, texts) for value in values]
+    return Read(tuple(alone), tuple(at_once))
 
 
 def judged(server: Server, sequences: Sequence[Spoken]) -> list[float]:

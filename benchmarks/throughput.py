@@ -106,6 +106,7 @@ class Benchmark:
             ready = [self._prepare(each) for each in following] if group > 1 else []
             specifications = [self._specification(each, GPU_SHARE / len(members)) for each in members]
             results = run_side_by_side(dict(zip(tasks, specifications, strict=True)), self.options.timeout)
+            # Each row is saved before the next engine is measured.
             for each, specification, result in zip(members, specifications, results, strict=True):
                 row = {"configuration": each.name, "cache_size": each.size, "engine": specification["engine"], **result}
                 if each.planned_bytes is not None:

@@ -24,11 +24,12 @@ from serve_checks import (
     cache_checks,
     cache_figures,
     difference,
-    token_check,
+    shift_figures,
+    token_checks,
     token_figures,
     traffic_checks,
 )
-from serve_client import COPIES, GREEDY_TOKENS
+from serve_client import COPIES, GREEDY_TOKENS, TEXT_TOKENS, TEXTS
 
 from vllm_hlwq.bench.prompts import PROMPTS
 from vllm_hlwq.bench.teacher_forcing import NEAR_TIE
@@ -70,7 +71,7 @@ def test_servers_answer_what_vllms_benchmark_asks_and_count_it(result: dict[str,
     assert [check for check in result["checks"] if not check["kept"]] == [
         {"what": f"cache of {TOO_LARGE}: serves", "kept": False, "detail": row(result, TOO_LARGE)["reason"]}
     ]
-    assert len(result["checks"]) == 3 + len(CLIENTS) * (2 + 3 + 2) + 1
+    assert len(result["checks"]) == 3 + len(CLIENTS) * (2 + 3 + 2) + 2
     for size in (SIZE, None):
         assert row(result, size)["status"] == "ok"
         measured = row(result, size)["measurements"]
@@ -117,6 +118,11 @@ def test_the_resident_server_has_judged_all_greedy_tokens(result: dict[str, Any]
         assert found["tokens"] == len(PROMPTS) * (1 + COPIES) * GREEDY_TOKENS
         assert found["distinct"] > 30
         assert found["largest_gap"] < NEAR_TIE  # in float32
+        assert found["largest_shift"] < NEAR_TIE
+    assert 0 < result["tokens"]["servers"][f"cache of {SIZE}"]["mean_shift"] < NEAR_TIE / 10  # another kernel's sums
+    reads = {name: found["read_tokens"] for name, found in result["tokens"]["servers"].items()}
+    once = TEXTS * (TEXT_TOKENS - 1)
+    assert reads == {f"cache of {SIZE}": 2 * once, "resident": once}
 
 
 @pytest.mark.server
@@ -205,18 +211,41 @@ def test_differences_count_from_zero_what_was_not_there() -> None:
     assert difference({"a": 5, "b": 2}, {"a": 3}) == {"a": 2, "b": 2}
 
 
+SAME = {"read_tokens": 100, "mean_shift": 0.0, "largest_shift": 0.0}
+
+
+def kept(found: list[float], own: list[float], shift: float = 0.0, **moved: float) -> list[bool]:
+    """Whether both checks are kept for gaps and a mean shift, the resident server's own log probabilities moving."""
+    checks = token_checks(
+        "here", token_figures(found) | SAME | {"mean_shift": shift}, token_figures(own) | SAME | moved
+    )  # fmt: skip
+    return [check.kept for check in checks]
+
+
 def test_tokens_are_held_against_the_resident_servers_own() -> None:
-    own = token_figures([0.0] * 950 + [0.2] * 50)
-    assert own == {"tokens": 1000, "first_choices": 0.95, "mean_gap": pytest.approx(0.01), "largest_gap": 0.2}
-    assert token_check("here", own, own).kept
-    assert token_check("here", token_figures([0.0] * 930 + [0.4] * 70), own).kept
-    assert not token_check("here", token_figures([0.0] * 999 + [0.41]), own).kept
-    few = token_check("here", token_figures([0.0] * 890 + [0.1] * 110), own)
+    own = [0.0] * 950 + [0.2] * 50
+    assert token_figures(own) == {
+        "tokens": 1000, "first_choices": 0.95, "mean_gap": pytest.approx(0.01), "largest_gap": 0.2,
+    }  # fmt: skip
+    assert kept(own, own) == [True, True]
+    assert kept([0.0] * 930 + [0.4] * 70, own)[0]
+    assert not kept([0.0] * 999 + [0.41], own)[0]
+    assert kept([0.0] * 999 + [0.41], own, largest_shift=0.3)[0]  # so far its own move between batches
+    few = token_checks("here", token_figures([0.0] * 890 + [0.1] * 110) | SAME, token_figures(own) | SAME)[0]
     assert not few.kept
     assert "89.0% first choices" in few.detail
-    exact = token_figures([0.0] * 1000)
-    assert token_check("here", token_figures([0.0] * 999 + [0.09]), exact).kept  # below what counts as a gap
-    assert not token_check("here", token_figures([0.0] * 999 + [0.11]), exact).kept
+    exact = [0.0] * 1000
+    assert kept([0.0] * 999 + [0.09], exact)[0]  # below what counts as a gap
+    assert not kept([0.0] * 999 + [0.11], exact)[0]
+
+
+def test_what_is_read_is_held_against_how_far_the_resident_servers_own_moves() -> None:
+    assert shift_figures([-1.0, -2.5, 0.0], [-1.0, -2.0, -1.0]) == {
+        "read_tokens": 3, "mean_shift": 0.5, "largest_shift": 1.0,
+    }  # fmt: skip
+    gaps = [0.0] * 10
+    assert [kept(gaps, gaps, shift=shift)[1] for shift in (0.019, 0.021)] == [True, False]
+    assert [kept(gaps, gaps, shift=shift, mean_shift=0.3)[1] for shift in (0.44, 0.46)] == [True, False]
 
 
 def test_what_follows_two_dashes_is_for_the_servers() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
-from engine_process import ENGINE_RUN, failure_reason
+from engine_process import ENGINE_RUN, Task, failure_reason, measure_side_by_side
 from throughput import control_names, graphs_without_compiling, whole_numbers
 from throughput_report import add_predictions
 
@@ -103,6 +103,19 @@ def test_engines_that_started_together_share_what_only_the_machine_could_say(
         assert found["host_peak_bytes"] is None
         assert found["start_up_seconds"] is None
     assert result[0]["started_together"] == 2
+
+
+def test_a_result_is_there_before_the_next_is_measured() -> None:
+    tasks = [Task({}), Task({})]
+    for task in tasks:
+        task.start({"task": "probe"})
+    results = measure_side_by_side(tasks, 120)
+    assert next(results)["environment"]["device"] == "cpu"
+    # The second has started, and is not yet told to measure.
+    assert sorted(path.name for path in Path(tasks[1]._scratch.name).iterdir()) == ["log", "started"]
+    results.close()
+    assert not any(Path(task._scratch.name).exists() for task in tasks)
+    assert all(task._process.poll() is not None for task in tasks)
 
 
 @pytest.mark.server
