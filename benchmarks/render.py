@@ -18,7 +18,9 @@ from typing import Any
 import gpu_speed_chart
 import render_gpu
 import render_hlwq
+import throughput_report
 from kv_cache_bars import kv_bars
+from render_throughput import throughput
 from soak_report import soak
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
@@ -299,6 +301,25 @@ def start_up(result: dict[str, Any]) -> str:
     )
 
 
+THROUGHPUT = ("throughput_gemma4_measured_locality", "throughput_gemma4_uniform")
+"""Results of ``throughput.py`` on GPUs; each has a picture of its name in ``docs/``."""
+
+
+def throughput_block(name: str) -> Callable[[dict[str, Any]], str]:
+    """Renders such a result, with its picture."""
+
+    def render_result(result: dict[str, Any]) -> str:
+        return (
+            f"`{result['model']}`, routing: {result['routing']}.\n\n"
+            f"![Tokens per second over experts resident per layer; the figures are in the tables]({name}.png)\n\n"
+            f"{throughput(result)}\n"
+            f"(Link: {result['link_bytes_per_second'] / 1e9:.1f} GB/s. {render_gpu.card(result['environment'])}; made "
+            "by `benchmarks/throughput.py`.)\n"
+        )
+
+    return render_result
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
@@ -306,8 +327,12 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "codec_ideas": codec_ideas,
     "moe_layer": render_gpu.moe_layer,
+    "moe_layer_steps": render_gpu.moe_layer,
     "inside_gemm": render_gpu.inside_gemm,
+    "serve": render_gpu.serve,
+    **{name: throughput_block(name) for name in THROUGHPUT},
     "gpu_acceptance": render_gpu.gpu_acceptance,
+    "gpu_acceptance_h100": render_gpu.gpu_acceptance,
     "gpu_acceptance_slower_link": render_gpu.gpu_acceptance,
     "gpu_speed": render_gpu.gpu_speed,
     "sizing": sizing,
@@ -345,3 +370,5 @@ if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(render(document.read_text()))
     (PROJECT / "docs/gpu_speed.png").write_bytes(gpu_speed_chart.draw(result_of("gpu_speed")))
+    for name in THROUGHPUT:
+        throughput_report.draw_chart(result_of(name), PROJECT / f"docs/{name}.png")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from acceptance_engines import ENGINE_NAMES
 from gpu_acceptance import all_criteria, link_rate
 from gpu_speed_chart import groups
 
@@ -16,6 +18,16 @@ def card(environment: dict[str, Any]) -> str:
 
 
 def moe_layer(result: dict[str, Any]) -> str:
+    """The parts of ``moe_layer.py`` that a result has."""
+    swept = "gather" in result and "cuda_sweep" in result["gather"]
+    command = "--sweep" if swept else f"--parts {' '.join(part for part in LAYER_PARTS if part in result)}"
+    return (
+        "".join(render(result) for part, render in LAYER_PARTS.items() if part in result)
+        + f"({card(result['environment'])}; made by `benchmarks/moe_layer.py {command}`.)\n"
+    )
+
+
+def loading(result: dict[str, Any]) -> str:
     gather = result["gather"]
     rows = "".join(
         f"| {rate['experts']} | {rate['copy_gb_per_s']:.1f} | {rate['gather_gb_per_s']:.1f} | {rate['share']:.0%} |\n"
@@ -26,9 +38,6 @@ def moe_layer(result: dict[str, Any]) -> str:
         f"{gather['empty_us']:.1f} µs.\n\n"
         f"| experts a launch | copy engine, GB/s | gather, GB/s | share |\n|---|---|---|---|\n{rows}\n"
         + (kernel_variants(gather) if "cuda_sweep" in gather else "")
-        + (planner(result["plan"]) if "plan" in result else "")
-        + (layer_steps(result["layer"]) if "layer" in result else "")
-        + f"({card(result['environment'])}; made by `benchmarks/moe_layer.py --sweep`.)\n"
     )
 
 
@@ -82,16 +91,25 @@ def gpu_acceptance(result: dict[str, Any]) -> str:
         f"| {found.promise} | {found.limit} | {found.measured} | {'yes' if found.kept else '**no**'} |\n"
         for found in all_criteria(result)
     )
+    whole = "tests" in result and set(result["engines"]) == set(ENGINE_NAMES) and "earlier_seconds" not in result
     return (
         f"| promise | limit | measured | kept |\n|---|---|---|---|\n{rows}\n"
-        f"(Copy engine: {link_rate(result) / 1e9:.1f} GB/s. {card(result['environment'])}; made by "
+        + (f"All of it, from one command, took {result['seconds']} seconds.\n\n" if whole else "")
+        + f"(Copy engine: {link_rate(result) / 1e9:.1f} GB/s. {card(result['environment'])}; made by "
         "`benchmarks/gpu_acceptance.py`.)\n"
     )
 
 
 def planner(result: dict[str, Any]) -> str:
+    """Of each layer shape the fewest slots that were measured; more of them cost the same."""
+    fewest: dict[tuple[int, int], int] = {}
+    for row in result["rows"]:
+        shape = row["experts"], row["top_k"]
+        fewest[shape] = min(row["slots"], fewest.get(shape, row["slots"]))
     rows = ""
     for row in result["rows"]:
+        if row["slots"] != fewest[row["experts"], row["top_k"]]:
+            continue
         every = "" if row["every_expert_us"] is None else f"{row['every_expert_us']:.1f}"
         rows += (
             f"| {row['experts']} | {row['top_k']} | {row['slots']} | {row['tokens']} | {row['plans'][0]['us']:.1f} "
@@ -117,6 +135,13 @@ def layer_steps(result: dict[str, Any]) -> str:
         "| tokens | slots | misses | step | resident | link | overhead | limited by |\n"
         f"|---|---|---|---|---|---|---|---|\n{rows}\n"
     )
+
+
+LAYER_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gather": loading,
+    "plan": lambda result: planner(result["plan"]),
+    "layer": lambda result: layer_steps(result["layer"]),
+}
 
 
 def gpu_speed(result: dict[str, Any]) -> str:

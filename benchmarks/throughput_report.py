@@ -118,7 +118,9 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
         for name, speed in levels[batch].items():
             panel.axhline(speed, linestyle="--", color=color[name], label=name)
         panel.set(title=f"batch {batch}", xlabel="experts resident per layer", ylim=(0, None))
-        panel.set_xticks(sizes)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, labels=sizes)
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("decoding, tokens per second")
     panels[0][-1].legend()

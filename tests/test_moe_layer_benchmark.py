@@ -194,6 +194,10 @@ def test_the_documents_show_the_parts_that_a_result_has() -> None:
     assert "| 128 | 8 | 32 | 8192 | 8.0 | 9.0 | 61.3 | 5.0 | 2.0 |" in text
     assert "1.12 times" in text
     assert "microseconds" not in alone
+    assert alone.endswith("made by `benchmarks/moe_layer.py --sweep`.)\n")
+    steps = render_gpu.moe_layer({"environment": committed["environment"], "layer": layer_result()})
+    assert steps.startswith("One layer's step in microseconds")
+    assert steps.endswith("made by `benchmarks/moe_layer.py --parts layer`.)\n")
     inside = render_gpu.inside_gemm({"environment": committed["environment"], "inside": inside_result()})
     assert "| 8 | 1 | 1 | 550 | 1,100 | 50 | 46.0 | 23.0 | 0.50 |\n| 128 | 2048 | 2 | 9,000 |" in inside
     assert "(copy engine: 54.9)" in inside
