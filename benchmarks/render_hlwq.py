@@ -109,8 +109,8 @@ def _convert(convert: dict[str, Any]) -> str:
     return (
         f"Conversion on `--device {convert['device']}` of a random BF16 model in the shape of `{convert['shape']}`, "
         f"{convert['layers']} of {convert['of_layers']} layers, {convert.get('source_bytes', 0) / GIB:.1f} GiB, its "
-        "files in the page cache. Reading, hashing, writing, syncing and reading back are in it; the second column "
-        "also has Python's start. Peaks are the process's own memory and what torch held on the GPU.\n\n"
+        f"files in the page cache, with {convert['environment']['cores']} threads. Reading, hashing, writing, syncing "
+        "and reading back are in it; the second column also has Python's start. Peaks are the process's own memory and what torch held on the GPU.\n\n"
         "| | s | with imports, s | million weights/s | GB/s read | host, GiB | GPU, GiB |\n"
         "|---|---|---|---|---|---|---|\n"
         f"{commands}\nThe codec alone, on BF16 matrices on the GPU, and of an expert in host memory:\n\n"

@@ -31,8 +31,8 @@ def decoding(rows: list[dict[str, Any]], batch: int) -> str:
     stock = measured(rows, RESIDENT, None, batch)
     text = (
         f"Decoding, {batch} {'request' if batch == 1 else 'requests'}, tokens per second:\n\n"
-        "| slots | hits | MiB/token | cache | of resident | ms a step | roofline, ms | uva | prefetch "
-        "| cache / better |\n"
+        "| slots | cache | uva | prefetch | cache / better | of resident | hits | MiB/token | ms a step "
+        "| roofline, ms |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for size in sizes(rows):
@@ -44,19 +44,19 @@ def decoding(rows: list[dict[str, Any]], batch: int) -> str:
         speed, hits = found["decode_tokens_per_second"], found["decode_hit_rate"]
         best = max(filter(None, speeds), default=None)
         cells = (
-            "" if hits is None else f"{hits:.0%}",
-            f"{found['decode_bytes_per_token'] / MIB:,.1f}",
             f"{speed:,.1f}",
-            "" if stock is None else f"{speed / stock['decode_tokens_per_second']:.0%}",
-            f"{found['step_milliseconds']:.2f}",
-            number(found.get("predicted_step_milliseconds"), ".2f"),
             *(number(other, ",.1f") for other in speeds),
             "" if best is None else f"{speed / best:.2f}",
+            "" if stock is None else f"{speed / stock['decode_tokens_per_second']:.0%}",
+            "" if hits is None else f"{hits:.0%}",
+            f"{found['decode_bytes_per_token'] / MIB:,.1f}",
+            f"{found['step_milliseconds']:.2f}",
+            number(found.get("predicted_step_milliseconds"), ".2f"),
         )
         text += f"| {size} | {' | '.join(cells)} |\n"
     if stock is not None:
         speed, step = stock["decode_tokens_per_second"], stock["step_milliseconds"]
-        text += f"| all, stock vLLM | | | {speed:,.1f} | | {step:.2f} | | | | |\n"
+        text += f"| all, stock vLLM | {speed:,.1f} | | | | | | | {step:.2f} | |\n"
     return text
 
 

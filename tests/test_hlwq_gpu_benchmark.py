@@ -133,7 +133,7 @@ def test_missed_limits_are_named() -> None:
 
 MADE_UP: dict[str, Any] = {
     "convert": {
-        "environment": {"gpu": "NVIDIA H100"}, "shape": "gemma-4-26b-a4b", "layers": 9, "of_layers": 30,
+        "environment": {"gpu": "NVIDIA H100", "cores": 12}, "shape": "gemma-4-26b-a4b", "layers": 9, "of_layers": 30,
         "device": "cuda", "source_bytes": 16 * 2**30,
         "machine": {"sha256_gb_per_second": 1.9, "write_and_sync_gb_per_second": 1.25,
                     "host_to_device_gb_per_second": 11.0},
@@ -161,6 +161,7 @@ def test_the_rendering() -> None:
     assert "| `hlwq quantize --fit norm` | 20.0 | 28.0 | 400 | 0.86 | 3.0 | 0.5 |" in text
     assert "| quantise, norm | 4096 x 4096 | cuda | 1.00 | 16,777 |" in text
     assert "9 of 30 layers" in text
+    assert "with 12 threads" in text
     assert "| 1 | 12.0 | 9.0 | 0.75 |" in text
     assert "at most 1.0 times: holds" in text
     assert "| dense | HLWQ 3 bit | 16.0 | 3.00 | 1.50 |" in text
