@@ -101,7 +101,7 @@ def gpu_acceptance(result: dict[str, Any]) -> str:
 
 
 def planner(result: dict[str, Any]) -> str:
-    """Of each layer shape the fewest slots that were measured; more of them cost the same."""
+    """Microseconds of deciding a step: of each layer shape the rows with the fewest slots that were measured."""
     fewest: dict[tuple[int, int], int] = {}
     for row in result["rows"]:
         shape = row["experts"], row["top_k"]
