@@ -128,6 +128,21 @@ def allow_amx(venv_dir: Path) -> None:
     (packages / "vllm_cpu_amx.pth").write_text("import vllm_cpu_amx\n")
 
 
+def make_environment(venv_dir: Path) -> None:
+    """Make the environment, or go on with one that this Python has made; one of another Python is made anew.
+
+    Raises:
+        SystemExit: this Python is the environment's own, which cannot replace itself.
+    """
+    if Path(sys.prefix).resolve() == venv_dir:
+        raise SystemExit(f"setup_cpu: {sys.executable} belongs to {venv_dir} itself; run `deactivate` first")
+    settings = venv_dir / "pyvenv.cfg"
+    home = re.search(r"^home = (.*)$", settings.read_text(), re.MULTILINE) if settings.exists() else None
+    own = Path(sys._base_executable).resolve().parent  # type: ignore[attr-defined]
+    # Mixed, an environment has one Python's program and another's library.
+    venv.create(venv_dir, with_pip=True, clear=home is not None and Path(home[1]).resolve() != own)
+
+
 def check_environment(python: Path) -> None:
     """Fail when requirements conflict or when a CUDA or image package got in after all."""
     run(python, "-m", "pip", "check")
@@ -147,8 +162,8 @@ def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this script is what a too old Python runs first
         raise SystemExit(f"setup_cpu: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     stamp = venv_dir / "vllm-hlwq-ready"
+    make_environment(venv_dir)
     stamp.unlink(missing_ok=True)
-    venv.create(venv_dir, with_pip=True, clear=False)
     python = venv_dir / "bin" / "python"
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check"]
     install_torch(pip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -26,3 +27,35 @@ def test_every_python_of_the_environment_asks_for_amx(python: Path, tmp_path: Pa
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert loaded.stdout == "True\n"
+
+
+def set_up(python: Path, env: Path) -> subprocess.CompletedProcess[str]:
+    """Let a Python make an environment, without what is installed into it."""
+    script = f"import sys; sys.path.insert(0, {str(PROJECT / 'scripts')!r}); import setup_cpu, pathlib, venv\n"
+    # pip takes a while and plays no part.
+    script += "create = venv.create; venv.create = lambda *a, **k: create(*a, **k | {'with_pip': False})\n"
+    script += f"setup_cpu.make_environment(pathlib.Path({str(env)!r}))"
+    return subprocess.run([python, "-c", script], capture_output=True, text=True)
+
+
+def test_an_environment_is_gone_on_with_unless_another_python_made_it(tmp_path: Path) -> None:
+    env, python = tmp_path / "env", Path(sys.executable).resolve()
+    assert set_up(python, env).returncode == 0
+    (env / "installed").touch()
+    assert set_up(python, env).returncode == 0
+    assert (env / "installed").exists()
+    settings = env / "pyvenv.cfg"
+    made = settings.read_text()
+    settings.write_text(re.sub("^home = .*", "home = /somewhere/else", made))
+    assert settings.read_text() != made
+    assert set_up(python, env).returncode == 0
+    assert settings.read_text().splitlines()[0] == made.splitlines()[0]
+    assert not (env / "installed").exists()
+
+
+def test_an_environment_is_not_made_by_its_own_python(tmp_path: Path) -> None:
+    env = tmp_path / "env"
+    venv.create(env, symlinks=True, with_pip=False)
+    refused = set_up(env / "bin/python", env)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"setup_cpu: {env / 'bin/python'} belongs to {env} itself; run `deactivate`")
