@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,11 @@ class Performance:
         if not tasks:
             return
         start = time.monotonic()
-        for name, result in zip(tasks, measure_side_by_side(list(tasks.values()), self.timeout), strict=True):
-            print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)
-            self.engines[name] = self.begun.pop(name) | result
-            keep()
+        with closing(measure_side_by_side(list(tasks.values()), self.timeout)) as results:
+            for name, result in zip(tasks, results, strict=True):
+                print(f"{name}: {result['status']} {result.get('reason', '')}", flush=True)
+                self.engines[name] = self.begun.pop(name) | result
+                keep()
         print(f"in {time.monotonic() - start:.0f} s", flush=True)
 
     def end(self) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -145,14 +145,14 @@ def run_task(
     return result
 
 
-def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> Iterator[dict[str, Any]]:
+def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> Generator[dict[str, Any], None, None]:
     """Start engines all at once, each with its specification, and ``measure_side_by_side``."""
     for task, specification in tasks.items():
         task.start(specification)
     yield from measure_side_by_side(list(tasks), timeout)
 
 
-def measure_side_by_side(tasks: list[Task], timeout: float) -> Iterator[dict[str, Any]]:
+def measure_side_by_side(tasks: list[Task], timeout: float) -> Generator[dict[str, Any], None, None]:
     """Wait for engines that were started and measure them one after the other, in order; after the last, all end.
 
     What they take of the host, and of a GPU as a whole, is known only where it is one engine: else it is None.

@@ -309,8 +309,9 @@ def throughput_block(name: str) -> Callable[[dict[str, Any]], str]:
     """Renders such a result, with its picture."""
 
     def render_result(result: dict[str, Any]) -> str:
+        repeats = max(m["repeats"] for row in result["rows"] for m in row.get("measurements", ()))
         return (
-            f"`{result['model']}`, routing: {result['routing']}.\n\n"
+            f"`{result['model']}`, routing: {result['routing']}, each case timed {repeats} times.\n\n"
             f"![Tokens per second over experts resident per layer; the figures are in the tables]({name}.png)\n\n"
             f"{throughput(result)}\n"
             f"(Link: {result['link_bytes_per_second'] / 1e9:.1f} GB/s. {render_gpu.card(result['environment'])}; made "

@@ -115,9 +115,11 @@ def planner(result: dict[str, Any]) -> str:
             f"| {row['experts']} | {row['top_k']} | {row['slots']} | {row['tokens']} | {row['plans'][0]['us']:.1f} "
             f"| {row['plans'][-1]['us']:.1f} | {every} | {row['align_us']:.1f} | {row['blocks_us']:.1f} |\n"
         )
+    worst = max(result["rows"], key=lambda row: row["growth"] or 0)
     return (
-        "Deciding a step, in microseconds; with as many misses as steps can keep up the planner takes at most "
-        f"{result['worst_growth']:.2f} times what it takes without.\n\n"
+        "Deciding a step, in microseconds, for each shape with the fewest slots that were measured. With as many "
+        f"misses as steps can keep up the planner takes at most {result['worst_growth']:.2f} times what it takes "
+        f"without ({worst['experts']} experts, {worst['slots']} slots, {worst['tokens']} tokens).\n\n"
         "| experts | k | slots | tokens | plan, no miss | most misses | every expert named | align | blocks |\n"
         f"|---|---|---|---|---|---|---|---|---|\n{rows}\n"
     )
@@ -156,8 +158,9 @@ def gpu_speed(result: dict[str, Any]) -> str:
         "Decoding with some of the experts on the GPU: this package, stock vLLM with all of them, and stock vLLM's own "
         "offloading of experts (`uva`: `--cpu-offload-gb`, `prefetch`: `--offload-backend prefetch`) with as much GPU "
         f"memory for experts. Random INT4 weights in the shape of `{result['model']}`, routed with measured locality, "
-        "CUDA graphs without torch.compile. A data-centre card, so no consumer card's figures; what was promised and "
-        "missed: [docs/benchmarks.md](docs/benchmarks.md).\n\n"
+        "CUDA graphs without torch.compile. With all experts resident the cache plans and loads nothing, so what it "
+        "differs by there is how far runs differ. These are a data-centre card's figures, not a consumer card's; what "
+        "was promised and missed: [docs/benchmarks.md](docs/benchmarks.md).\n\n"
         f"({card(result['environment'])}; made by `benchmarks/gpu_acceptance.py`.)\n"
     )
 
@@ -188,11 +191,16 @@ def serve(result: dict[str, Any]) -> str:
 def served_tokens(tokens: dict[str, Any]) -> str:
     if not tokens["compared"]:
         return f"Tokens are not compared: {tokens['why']}.\n\n"
-    rows = "".join(
-        f"| {name} | {found['first_choices']:.1%} | {found['mean_gap']:.3f} | {found['largest_gap']:.3f} |\n"
-        for name, found in tokens["servers"].items()
-    )
+    rows = ""
+    for name, found in tokens["servers"].items():
+        shift = f"{found['mean_shift']:.4f}" if "mean_shift" in found else "not read"
+        rows += (
+            f"| {name} | {found['tokens']} | {found['distinct']} | {found['first_choices']:.1%} "
+            f"| {found['mean_gap']:.3f} | {found['largest_gap']:.3f} | {shift} |\n"
+        )
     return (
-        "Greedy tokens against the resident server's first choice after the same past:\n\n"
-        f"| tokens of | first choices | mean gap, nats | largest gap, nats |\n|---|---|---|---|\n{rows}\n"
+        "Greedy tokens against the resident server's first choice after the same past, and how far log probabilities "
+        "of fixed texts are from the resident server's, its own between a text alone and in a batch:\n\n"
+        "| tokens of | tokens | distinct | first choices | mean gap, nats | largest gap, nats | fixed texts, nats |\n"
+        f"|---|---|---|---|---|---|---|\n{rows}\n"
     )

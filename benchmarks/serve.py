@@ -46,12 +46,12 @@ from serve_client import (
     COPIES,
     SERVED_NAME,
     Load,
-    Read,
     Reading,
     Spoken,
+    TextLogprobs,
     greedy,
     judged,
-    read,
+    read_texts,
     warm_up,
 )
 from throughput import ROUTINGS, whole_numbers
@@ -95,7 +95,7 @@ class Benchmark:
     bench: BenchProcess
     result: dict[str, Any]
     spoken: dict[str, list[Spoken]] = field(default_factory=dict)
-    read: dict[str, Read] = field(default_factory=dict)
+    read: dict[str, TextLogprobs] = field(default_factory=dict)
 
     def run(self) -> None:
         """Measure all servers; they end when they have been measured, and at the latest when this does."""
@@ -126,7 +126,7 @@ class Benchmark:
         name = planned.name
         row: dict[str, Any] = {
             "server": name, "cache_size": planned.size, "status": "failed", "measurements": [],
-            "command": server.command[1:],
+            "command": [word.replace(str(planned.model), planned.model.name) for word in server.command[1:]],
         }  # fmt: skip
         checks: list[Check] = []
         begun = time.monotonic()
@@ -151,7 +151,7 @@ class Benchmark:
         if row["cache_size"] is not None:
             (row["expert_cache"],) = server.post("/collective_rpc", {"method": "expert_cache_sizes"})["results"]
         if self.options.routing == "model":
-            self.spoken[name], self.read[name] = greedy(server), read(server)
+            self.spoken[name], self.read[name] = greedy(server), read_texts(server)
             if row["cache_size"] is None:
                 checks += self.judge(server)
         for concurrency in self.options.concurrency:
@@ -179,17 +179,19 @@ class Benchmark:
 
     def judge(self, server: Server) -> list[Check]:
         """The resident server's word on all greedy tokens and on what was read of the fixed texts, its own too."""
-        tokens, resident = self.result["tokens"], self.read["resident"]
+        tokens, wanted = self.result["tokens"], self.read["resident"].alone
         for name, sequences in self.spoken.items():
-            heard, texts = {token for one in sequences for token in one.tokens}, self.read[name]
-            both = (resident.at_once,) if texts is resident else (texts.alone, texts.at_once)
+            found = self.read[name]
+            # Its own texts, read alone, are what all is compared with.
+            readings = [found.at_once] if name == "resident" else [found.alone, found.at_once]
             tokens["servers"][name] = {
-                **token_figures(judged(server, sequences)), "distinct": len(heard),
-                **shift_figures([value for one in both for value in one], resident.alone * len(both)),
-            }  # fmt: skip
+                **token_figures(judged(server, sequences)),
+                "distinct": len({token for one in sequences for token in one.tokens}),
+                **shift_figures([value for reading in readings for value in reading], wanted * len(readings)),
+            }
         own = tokens["servers"]["resident"]
-        return [check for name, found in tokens["servers"].items() if found is not own
-                for check in token_checks(name, found, own)]  # fmt: skip
+        others = {name: found for name, found in tokens["servers"].items() if found is not own}
+        return [check for name, found in others.items() for check in token_checks(name, found, own)]
 
     def log_path(self, name: str) -> Path | None:
         logs: Path | None = self.options.logs

@@ -1,10 +1,10 @@
 """What must hold after ``vllm bench serve`` has loaded a server: counts of three sources agree, tokens are stock's.
 
 Arithmetic only. Counts are differences over the benchmark's run. Tokens of 16-bit engines part at near-ties, so gaps to
-the resident server's first choice are held against those of its own tokens; see ``teacher_forcing.py``. How far a near-
-tie is from right depends on the model: in one of random weights a single expert that rounding exchanges moves all that
-follows, by nats. So fixed texts are read too, and how far log probabilities lie from the resident server's is held
-against how far its own move when the same texts share a batch.
+the resident server's first choice are held against those of its own tokens; see ``teacher_forcing.py``. How much
+rounding can do depends on the model: in one of random weights a single expert that it exchanges moves all that follows,
+by nats. So fixed texts are read too: how far log probabilities are from the resident server's is held against how far
+its own are from each other, between a text read alone and in a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COUNTED = ("queries", "hits", "evictions", "staged", "waves", "h2d_bytes")
 GAP_FLOOR = 0.1
 """Nats. A largest gap below it is never too large, however small the resident server's own is."""
 SHIFT_FLOOR, SHIFT_FACTOR = 0.02, 1.5
-"""Nats that mean log probabilities may differ by in any case, and times how far the resident server's own move."""
+"""Log probabilities may differ by so many nats on average, or so many times what the resident server's own differ."""
 SHARE_MARGIN = 0.02
 """By which the share of first choices may be lower, beside three standard errors of the difference."""
 

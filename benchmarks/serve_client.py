@@ -40,7 +40,7 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Read:
+class TextLogprobs:
     """Log probabilities that a server has of all tokens of the fixed texts.
 
     alone: each text read by itself.
@@ -97,7 +97,7 @@ def fixed_texts(server: Server) -> list[list[int]]:
     return [list(itertools.islice(itertools.cycle(ids), start, start + TEXT_TOKENS)) for start in starts]
 
 
-def read(server: Server) -> Read:
+def read_texts(server: Server) -> TextLogprobs:
     """What a server says of the fixed texts, which are the same for servers of one tokenizer."""
     texts = fixed_texts(server)
 
@@ -105,10 +105,9 @@ def read(server: Server) -> Read:
         entries = prompt_logprobs(server, text, SERVED_NAME)
         return [float(found[str(token)]["logprob"]) for token, found in zip(text[1:], entries, strict=True)]
 
-    alone = [value for text in texts for value in logprobs(text)]
+    alone = tuple(value for text in texts for value in logprobs(text))
     with ThreadPoolExecutor(len(texts)) as clients:
-        at_once = [value for values in clients.map(logprobs, texts) for value in values]
-    return Read(tuple(alone), tuple(at_once))
+        return TextLogprobs(alone, tuple(value for values in clients.map(logprobs, texts) for value in values))
 
 
 def judged(server: Server, sequences: Sequence[Spoken]) -> list[float]:

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -105,13 +106,14 @@ class Benchmark:
             tasks = ready or [self._prepare(each) for each in members]
             ready = [self._prepare(each) for each in following] if group > 1 else []
             specifications = [self._specification(each, GPU_SHARE / len(members)) for each in members]
-            results = run_side_by_side(dict(zip(tasks, specifications, strict=True)), self.options.timeout)
-            # Each row is saved before the next engine is measured.
-            for each, specification, result in zip(members, specifications, results, strict=True):
-                row = {"configuration": each.name, "cache_size": each.size, "engine": specification["engine"], **result}
-                if each.planned_bytes is not None:
-                    row["planned_resident_expert_bytes"] = each.planned_bytes
-                self._add(row)
+            given = dict(zip(tasks, specifications, strict=True))
+            with closing(run_side_by_side(given, self.options.timeout)) as results:
+                # Each row is saved before the next engine is measured.
+                for each, specification, result in zip(members, specifications, results, strict=True):
+                    row = {"configuration": each.name, "cache_size": each.size, "engine": specification["engine"]}
+                    if each.planned_bytes is not None:
+                        row["planned_resident_expert_bytes"] = each.planned_bytes
+                    self._add(row | result)
 
     def _prepare(self, planned: Planned) -> Task:
         routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}

@@ -24,6 +24,7 @@ import csv
 import hashlib
 import io
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -137,10 +138,13 @@ def make_environment(venv_dir: Path) -> None:
     if Path(sys.prefix).resolve() == venv_dir:
         raise SystemExit(f"setup_cpu: {sys.executable} belongs to {venv_dir} itself; run `deactivate` first")
     settings = venv_dir / "pyvenv.cfg"
-    home = re.search(r"^home = (.*)$", settings.read_text(), re.MULTILINE) if settings.exists() else None
-    own = Path(sys._base_executable).resolve().parent  # type: ignore[attr-defined]
+    made_by = dict(re.findall(r"^(\w+) = (.*)$", settings.read_text(), re.MULTILINE)) if settings.exists() else {}
+    own = {"executable": os.path.realpath(sys.executable), "version": platform.python_version()}
     # Mixed, an environment has one Python's program and another's library.
-    venv.create(venv_dir, with_pip=True, clear=home is not None and Path(home[1]).resolve() != own)
+    other = bool(made_by) and any(made_by.get(name) != value for name, value in own.items())
+    if other:
+        print(f"{venv_dir} was made by another Python ({made_by.get('executable')}): making it anew", flush=True)
+    venv.create(venv_dir, with_pip=True, clear=other)
 
 
 def check_environment(python: Path) -> None:

@@ -39,18 +39,21 @@ def set_up(python: Path, env: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_environment_is_gone_on_with_unless_another_python_made_it(tmp_path: Path) -> None:
-    env, python = tmp_path / "env", Path(sys.executable).resolve()
+    env, python, installed = tmp_path / "env", tmp_path / "elsewhere/python", tmp_path / "env/installed"
+    python.parent.mkdir()
+    python.symlink_to(SYSTEM_PYTHON if SYSTEM_PYTHON.exists() else Path(sys._base_executable))  # type: ignore[attr-defined]
     assert set_up(python, env).returncode == 0
-    (env / "installed").touch()
-    assert set_up(python, env).returncode == 0
-    assert (env / "installed").exists()
     settings = env / "pyvenv.cfg"
     made = settings.read_text()
-    settings.write_text(re.sub("^home = .*", "home = /somewhere/else", made))
-    assert settings.read_text() != made
-    assert set_up(python, env).returncode == 0
-    assert settings.read_text().splitlines()[0] == made.splitlines()[0]
-    assert not (env / "installed").exists()
+    installed.touch()
+    assert set_up(python, env).stdout == ""
+    assert installed.exists()
+    for name in ("executable", "version"):
+        settings.write_text(re.sub(f"^{name} = .*", f"{name} = another", made, flags=re.MULTILINE))
+        installed.touch()
+        assert "was made by another Python" in set_up(python, env).stdout
+        assert f"{name} = another" not in settings.read_text()
+        assert not installed.exists()
 
 
 def test_an_environment_is_not_made_by_its_own_python(tmp_path: Path) -> None:
