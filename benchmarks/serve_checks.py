@@ -142,7 +142,7 @@ def token_checks(where: str, found: Mapping[str, float], own: Mapping[str, float
     share, control = found["first_choices"], own["first_choices"]
     variance = share * (1 - share) / found["tokens"] + control * (1 - control) / own["tokens"]
     lowest = control - SHARE_MARGIN - 3 * math.sqrt(variance)
-    largest = max(GAP_FLOOR, 2 * own["largest_gap"], 2 * own["largest_shift"])
+    largest = max(GAP_FLOOR, 2 * own["largest_gap"])
     shift = max(SHIFT_FLOOR, SHIFT_FACTOR * own["mean_shift"])
     return [
         Check(
