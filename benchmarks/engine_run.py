@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,14 @@ def gpu_memory(worker: Any) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Seconds that a number of steps took."""
+
+    seconds: float
+    steps: int
+
+
 class Engine:
     """vLLM's offline engine with the counters of its expert cache, if it has one."""
 
@@ -43,7 +52,8 @@ class Engine:
         from vllm import LLM
 
         start = time.perf_counter()
-        self.llm = LLM(model, **arguments)
+        # With statistics, so that a request's tokens have the engine's own times.
+        self.llm = LLM(model, disable_log_stats=False, **arguments)
         self.start_up_seconds = time.perf_counter() - start
         self.cached = cached
         self.sizes = self.llm.collective_rpc("expert_cache_sizes")[0] if cached else None
@@ -73,25 +83,41 @@ class Engine:
             raise RuntimeError(f"asked for {tokens} tokens a prompt, the engine made {sorted(made)}")
         return seconds
 
+    def decoded(
+        self, prompts: list[dict[str, list[int]]], tokens: int, at_border: Callable[[], None] = lambda: None
+    ) -> Decoding:
+        """Generate exactly ``tokens`` tokens for each prompt: the steps in which all of them were decoded.
+
+        Those begin at the border, where the last prompt has its first token, and end where the first prompt is done:
+        if that was before, there are none. Times are the engine's, which stamps a step's tokens when it has them.
+        ``at_border`` is called between two steps, or, if the engine schedules ahead, some steps later.
+        """
+        engine, made, times = self.llm.llm_engine, {}, {}
+        names = [f"decoded {number}" for number in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            engine.add_request(name, prompt, greedy(tokens))
+        ahead = None
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                made[output.request_id] = len(output.outputs[0].token_ids)
+                times[output.request_id] = output.metrics
+            if ahead is None and len(made) == len(names) and min(made.values()) > 0:
+                ahead = max(made.values())
+                at_border()
+        if ahead is None or set(made.values()) != {tokens}:
+            raise RuntimeError(f"asked for {tokens} tokens a prompt, the engine made {sorted(made.values())}")
+        start = max(each.first_token_ts for each in times.values())
+        return Decoding(min(each.last_token_ts for each in times.values()) - start, tokens - ahead)
+
     def counted(self, prompts: list[dict[str, list[int]]], tokens: int) -> dict[str, dict[str, int]]:
         """What the cache counts while the prompts are read, and afterwards while they are all decoded.
 
-        The border is where every prompt has a token. An engine that schedules ahead may be some steps further then:
-        those count as prefill, and the steps that the cache counted say how many the rest is.
+        An engine that schedules ahead may be some steps beyond the border when it is asked: those count as prefill, and
+        the steps that the cache counted say how many the rest is.
         """
-        engine, start = self.llm.llm_engine, self.counters()
-        reading = {f"counted {number}" for number in range(len(prompts))}
-        for name, prompt in zip(sorted(reading), prompts, strict=True):
-            engine.add_request(name, prompt, greedy(tokens))
-        border = None
-        while engine.has_unfinished_requests():
-            reading -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-            if border is None and not reading:
-                border = self.counters()
-        end = self.counters()
-        if border is None:
-            raise RuntimeError(f"no token came for {sorted(reading)}")
-        return {"prefill": difference(border, start), "decode": difference(end, border)}
+        start, border = self.counters(), {}
+        self.decoded(prompts, tokens, lambda: border.update(self.counters()))
+        return {"prefill": difference(border, start), "decode": difference(self.counters(), border)}
 
 
 def greedy(tokens: int) -> Any:
@@ -107,18 +133,18 @@ def difference(later: dict[str, int], earlier: dict[str, int]) -> dict[str, int]
 def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
     """Prefill and decoding of one case: medians of seconds, and the counters of one request more.
 
-    A request of one token is its prefill. A request of 1 + n is the same prefill and n steps more, so the difference
-    of the medians is n steps of decoding, nothing where n is 0. Prompts that do not fit one chunk together begin to
-    decode while others are still read; the difference then holds fewer than n whole steps of the whole batch.
+    A request of one token is its prefill; it is timed whole. Decoding, if ``new_tokens`` is not 0, is a request of
+    1 + ``new_tokens`` tokens from where all its prompts have one: its prefill is not in it.
     """
     case = f"{batch} {prompt_tokens}"
     engine.timed(engine.prompts(f"warm-up {case}", batch, prompt_tokens), WARM_UP_TOKENS)
     before = engine.counters()
-    prefills, requests = [], []
+    prefills, steps = [], []
     for repeat in range(repeats):
         prompts = engine.prompts(f"{repeat} {case}", batch, prompt_tokens)
         prefills.append(engine.timed(prompts, 1))
-        requests.append(engine.timed(prompts, 1 + new_tokens) if new_tokens else prefills[-1])
+        if new_tokens:
+            steps.append(step_milliseconds(engine.decoded(prompts, 1 + new_tokens), batch, prompt_tokens))
     timed = difference(engine.counters(), before)
     prefill_seconds = median(prefills)
     figures = {
@@ -131,17 +157,25 @@ def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, rep
         **({"timed_misses": timed["queries"] - timed["hits"]} if timed else {}),
         **cache_figures(engine, engine.prompts(f"counted {case}", batch, prompt_tokens), new_tokens),
     }
-    return figures | (decode_figures(median(requests) - prefill_seconds, batch, new_tokens) if new_tokens else {})
+    return figures | (decode_figures(steps, batch) if steps else {})
 
 
-def decode_figures(seconds: float, batch: int, new_tokens: int) -> dict[str, float]:
-    if seconds <= 0:
+def step_milliseconds(found: Decoding, batch: int, prompt_tokens: int) -> float:
+    """Of a step of the whole batch."""
+    if found.steps < 1:
         raise RuntimeError(
-            f"{1 + new_tokens} tokens took no longer than 1; measure with more --new-tokens or --repeats"
+            f"of {batch} prompts of {prompt_tokens} tokens the first was done before the last had begun, so no step "
+            "decodes them all: measure with more --new-tokens"
         )
+    return 1e3 * found.seconds / found.steps
+
+
+def decode_figures(steps: list[float], batch: int) -> dict[str, Any]:
+    """From the milliseconds of a step, one number a repeat."""
     return {
-        "step_milliseconds": 1e3 * seconds / new_tokens,
-        "decode_tokens_per_second": batch * new_tokens / seconds,
+        "step_milliseconds_each": steps,
+        "step_milliseconds": median(steps),
+        "decode_tokens_per_second": 1e3 * batch / median(steps),
     }
 
 

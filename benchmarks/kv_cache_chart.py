@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+
+from vllm_hlwq.figures import png
 
 MIB = 2**20
 # Okabe and Ito's palette: told apart with any colour vision, and on a grey print.
@@ -50,6 +51,4 @@ def draw(result: dict[str, Any]) -> bytes:
         axes.grid(color="#DDDDDD")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

@@ -301,7 +301,9 @@ def start_up(result: dict[str, Any]) -> str:
     )
 
 
-THROUGHPUT = ("throughput_gemma4_measured_locality", "throughput_gemma4_uniform")
+THROUGHPUT = tuple(
+    f"throughput_{shape}_{routing}" for shape in ("gemma4", "qwen3") for routing in ("measured_locality", "uniform")
+)
 """Results of ``throughput.py`` on GPUs; each has a picture of its name in ``docs/``."""
 
 
@@ -331,6 +333,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "moe_layer_steps": render_gpu.moe_layer,
     "inside_gemm": render_gpu.inside_gemm,
     "serve": render_gpu.serve,
+    "serve_trained": render_gpu.serve,
     **{name: throughput_block(name) for name in THROUGHPUT},
     "gpu_acceptance": render_gpu.gpu_acceptance,
     "gpu_acceptance_h100": render_gpu.gpu_acceptance,

@@ -6,12 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+from vllm_hlwq.figures import png
 
 GIB, MIB = 2**30, 2**20
 COLUMNS = (
@@ -109,7 +108,8 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
     if not batches:
         return
     sizes = sorted({size for lines in points.values() for line in lines.values() for size, _ in line})
-    figure, panels = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 3.6), squeeze=False)
+    figure = Figure(figsize=(4 * len(batches), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)
     names = list(dict.fromkeys(row["configuration"] for row in result["rows"] if row["status"] == "ok"))
     color = {name: f"C{number}" for number, name in enumerate(names)}
     for panel, batch in zip(panels[0], batches, strict=True):
@@ -125,6 +125,4 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel("decoding, tokens per second")
     panels[0][-1].legend()
     figure.suptitle(f"{result['model']}, {result['environment']['device']}, routing: {result['routing']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    path.write_bytes(png(figure, dots_per_inch=120))
