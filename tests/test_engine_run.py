@@ -25,6 +25,7 @@ def engine(tiny_int4: Path) -> Iterator[Engine]:
         "max_num_batched_tokens": CHUNK, "max_num_seqs": 4, "enable_prefix_caching": False, "language_model_only": True,
     }  # fmt: skip
     made = Engine(str(tiny_int4), True, arguments)
+    made.timed(made.prompts("warm-up", 4, PROMPT), 3)
     yield made
     made.llm.llm_engine.engine_core.shutdown()
 
