@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from int4_format import MODELS, weights
 from make_checkpoint import SHAPES, ShapeSource, make_checkpoint, plan_checkpoint
 
+from vllm_hlwq.bank_sizes import ExpertShape
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.tensor_folder import TensorFolder
 from vllm_hlwq.checkpoint_sizes import ModelFacts, UnknownSizes, model_sizes
-from vllm_hlwq.sizing import ExpertShape, KvLayer
+from vllm_hlwq.sizing import KvLayer
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from vllm_hlwq.bank_sizes import BankSizes
 from vllm_hlwq.device_loading import CHUNK_BYTES, conversion_bytes, out_of_memory
 from vllm_hlwq.host_store import HostStore, RecordLayout
-from vllm_hlwq.sizing import BankSizes
 
 # 30 layers of Gemma-4-26B-A4B on 24 GiB: every staging bank holds all experts without a slot.
 SIZES = BankSizes((3_159_552,) * 30, 128, 8, 24 * 2**30)

@@ -17,13 +17,14 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.core.kv_cache_utils import _max_memory_usage_bytes_from_groups, get_kv_cache_groups
 
+from vllm_hlwq.bank_sizes import BankSizes
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint_sizes import UnknownSizes
 from vllm_hlwq.engine_sizes import device_demand, device_estimate, kv_cache_bytes, model_facts
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.memory_check import Device, Limit, check_memory, limit_of, shortage
 from vllm_hlwq.options import ExpertCacheOptions
-from vllm_hlwq.sizing import BankSizes, DeviceDemand, KvLayer
+from vllm_hlwq.sizing import DeviceDemand, KvLayer
 from vllm_hlwq.worker import install_layers
 
 GIB = 2**30

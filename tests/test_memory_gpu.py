@@ -14,6 +14,7 @@ import torch
 from checkpoints import TOP_K
 from engines import LoadedModel, engine_config, start_worker
 
+from vllm_hlwq.bank_sizes import ExpertShape
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.device_loading import conversion_bytes, load_cache, taken_bytes
 from vllm_hlwq.engine_sizes import device_demand
@@ -21,7 +22,6 @@ from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.host_store import HostStore, RecordLayout
 from vllm_hlwq.marlin_moe import MarlinBackend
 from vllm_hlwq.options import ExpertCacheOptions
-from vllm_hlwq.sizing import ExpertShape
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,20 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_hlwq.bank_sizes import BankSizes, ExpertShape, streamed_bytes
 from vllm_hlwq.host_store import RecordLayout
 from vllm_hlwq.sizing import (
     HIT_RATES,
-    BankSizes,
     DenseModel,
     DeviceDemand,
     DeviceEstimate,
-    ExpertShape,
     KvLayer,
     Step,
     expected_hits,
     graphs_captured,
     kv_floor_elements,
-    streamed_bytes,
 )
 from vllm_hlwq.vllm_compat import borrow
 

@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 
+from .bank_sizes import ExpertShape
 from .marlin_shapes import CODES_PER_WORD
-from .sizing import ExpertShape, KvLayer
+from .sizing import KvLayer
 
 Part = tuple[str, str]
 """Projection and kind of one of an expert's tensors."""

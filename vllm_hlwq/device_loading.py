@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .bank_sizes import STAGING_BANKS, BankSizes
 from .cudart import PageLocker
 from .device_backend import DeviceBackend
 from .device_expert_cache import DeviceExpertCache
@@ -19,7 +20,6 @@ from .host_store import HostStore, RecordLayout
 from .options import flag
 from .pinned_memory import logger
 from .progress_bars import SILENT, ProgressBars
-from .sizing import STAGING_BANKS, BankSizes
 from .staging import Staging
 from .weight_bank import WeightBank
 

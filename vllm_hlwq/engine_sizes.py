@@ -10,20 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .bank_sizes import BankSizes, ExpertShape
 from .checkpoint_sizes import ModelFacts, ModelSizes, UnknownSizes, model_sizes
 from .config_facts import least_kv_heads, rotary_elements
 from .options import KV_FLOOR_SEQS, ExpertCacheOptions
 from .served_checkpoint import model_folder, served_checkpoint
-from .sizing import (
-    BankSizes,
-    DenseModel,
-    DeviceDemand,
-    DeviceEstimate,
-    ExpertShape,
-    KvLayer,
-    Step,
-    kv_floor_elements,
-)
+from .sizing import DenseModel, DeviceDemand, DeviceEstimate, KvLayer, Step, kv_floor_elements
 
 KV_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of a value in the KV cache, of the dtypes that store nothing but values; ``auto`` is the model's."""

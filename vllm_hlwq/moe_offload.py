@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .backends import choose_backend
+from .bank_sizes import BankSizes
 from .cached_experts import DeviceCachedExperts, HostCachedExperts
 from .device_backend import DeviceBackend
 from .device_expert_cache import DeviceExpertCache
@@ -24,7 +25,6 @@ from .loaded_experts import WHOLE, LoadedExperts, Shapes
 from .options import ExpertCacheOptions, config_key
 from .quant_config import make_quant_method
 from .record_files import described
-from .sizing import BankSizes
 from .vllm_compat import borrow
 from .weight_bank import WeightBank
 

@@ -58,7 +58,7 @@ def plan_command(
 ) -> None:
     """Say how many experts a GPU holds of a model, what that takes, and what its link allows."""
     from .gpus import Gpu
-    from .planning import HIT_RATES, Plan, Settings
+    from .planning import ASSUMED_HITS, Plan, Settings
     from .quantities import parse_bytes, parse_rate
     from .served_checkpoint import model_folder
 
@@ -73,7 +73,7 @@ def plan_command(
         ram=None if ram is None else parse_bytes(ram, "--ram"),
         slots=slots,
         staging_size=staging_size,
-        hits_permille=tuple(round(1000 * share) for share in hit_rate) if hit_rate else HIT_RATES,
+        hits_permille=tuple(round(1000 * share) for share in hit_rate) if hit_rate else ASSUMED_HITS,
         reference=reference,
     )
     report = Plan(model_folder(model, None) or Path(model), settings).report(gpu)

@@ -12,29 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .bank_sizes import BankSizes, streamed_bytes
 from .checkpoint_sizes import ModelSizes, UnknownSizes, model_sizes
 from .config_facts import ConfiguredModel, configured_model
 from .errors import CheckpointError
 from .gpus import GPUS, Gpu
 from .options import KV_FLOOR_SEQS
 from .served_checkpoint import served_checkpoint
-from .sizing import (
-    BankSizes,
-    DenseModel,
-    DeviceEstimate,
-    Step,
-    expected_hits,
-    graphs_captured,
-    kv_floor_elements,
-    streamed_bytes,
-)
+from .sizing import HIT_RATES, DenseModel, DeviceEstimate, Step, expected_hits, graphs_captured, kv_floor_elements
 
 OVERLAPPING_STEPS = 2
 """Steps under way at once with vLLM's default, asynchronous scheduling."""
 SYSTEM_BYTES = 6 * 2**30
 """Of host memory, for vLLM's processes and the system beside the experts."""
-HIT_RATES = (890, 670, 450)
-"""Of 1000; seen with 50, 25 and 12.5 % of Gemma-4-26B-A4B's experts resident."""
+ASSUMED_HITS = tuple(hits for _, hits in reversed(HIT_RATES[1:-1]))
+"""Of 1000; seen with 50, 25 and 12.5 % of a model's experts resident."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class Settings:
     ram: int | None = None
     slots: int | None = None
     staging_size: int | None = None
-    hits_permille: tuple[int, ...] = HIT_RATES
+    hits_permille: tuple[int, ...] = ASSUMED_HITS
     reference: bool = False
 
 
