@@ -84,40 +84,52 @@ class Engine:
         return seconds
 
     def decoded(
-        self, prompts: list[dict[str, list[int]]], tokens: int, at_border: Callable[[], None] = lambda: None
+        self, prompts: list[dict[str, list[int]]], tokens: int, at_edge: Callable[[], None] = lambda: None
     ) -> Decoding:
         """Generate exactly ``tokens`` tokens for each prompt: the steps in which all of them were decoded.
 
-        Those begin at the border, where the last prompt has its first token, and end where the first prompt is done:
-        if that was before, there are none. Times are the engine's, which stamps a step's tokens when it has them.
-        ``at_border`` is called between two steps, or, if the engine schedules ahead, some steps later.
+        Those begin where the last prompt has its first token, and end where the first prompt is done: if that was
+        before, there are none. Times are the engine's, which stamps a step's tokens when it has them. ``at_edge`` is
+        called at both ends, or, if the engine schedules ahead, some steps later.
+
+        Raises:
+            RuntimeError: a prompt got another number of tokens, or not one in each step.
         """
         engine, made, times = self.llm.llm_engine, {}, {}
         names = [f"decoded {number}" for number in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             engine.add_request(name, prompt, greedy(tokens))
-        ahead = None
+        ahead, ended = None, False
         while engine.has_unfinished_requests():
             for output in engine.step():
-                made[output.request_id] = len(output.outputs[0].token_ids)
-                times[output.request_id] = output.metrics
+                count = len(output.outputs[0].token_ids)
+                if count > made.get(output.request_id, 0) + 1:
+                    raise RuntimeError(f"a step made several tokens of {output.request_id}, so steps cannot be counted")
+                made[output.request_id], times[output.request_id] = count, output.metrics
             if ahead is None and len(made) == len(names) and min(made.values()) > 0:
                 ahead = max(made.values())
-                at_border()
-        if ahead is None or set(made.values()) != {tokens}:
+                at_edge()
+            if ahead is not None and not ended and max(made.values()) == tokens:
+                ended = True
+                at_edge()
+        if not ended or set(made.values()) != {tokens}:
             raise RuntimeError(f"asked for {tokens} tokens a prompt, the engine made {sorted(made.values())}")
+        if any(each.num_preemptions for each in times.values()):
+            raise RuntimeError(
+                f"{len(prompts)} prompts and {tokens} tokens of each do not fit into the KV cache at once"
+            )
         start = max(each.first_token_ts for each in times.values())
         return Decoding(min(each.last_token_ts for each in times.values()) - start, tokens - ahead)
 
     def counted(self, prompts: list[dict[str, list[int]]], tokens: int) -> dict[str, dict[str, int]]:
-        """What the cache counts while the prompts are read, and afterwards while they are all decoded.
+        """What the cache counts while the prompts are read, and in the steps in which all of them are decoded.
 
-        An engine that schedules ahead may be some steps beyond the border when it is asked: those count as prefill, and
-        the steps that the cache counted say how many the rest is.
+        An engine that schedules ahead may be some steps beyond an edge when it is asked; the steps that the cache
+        counted say how many they are.
         """
-        start, border = self.counters(), {}
-        self.decoded(prompts, tokens, lambda: border.update(self.counters()))
-        return {"prefill": difference(border, start), "decode": difference(self.counters(), border)}
+        edges = [self.counters()]
+        self.decoded(prompts, tokens, lambda: edges.append(self.counters()))
+        return {"prefill": difference(edges[1], edges[0]), "decode": difference(edges[2], edges[1])}
 
 
 def greedy(tokens: int) -> Any:
@@ -139,12 +151,12 @@ def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, rep
     case = f"{batch} {prompt_tokens}"
     engine.timed(engine.prompts(f"warm-up {case}", batch, prompt_tokens), WARM_UP_TOKENS)
     before = engine.counters()
-    prefills, steps = [], []
+    prefills, decodings = [], []
     for repeat in range(repeats):
         prompts = engine.prompts(f"{repeat} {case}", batch, prompt_tokens)
         prefills.append(engine.timed(prompts, 1))
         if new_tokens:
-            steps.append(step_milliseconds(engine.decoded(prompts, 1 + new_tokens), batch, prompt_tokens))
+            decodings.append(engine.decoded(prompts, 1 + new_tokens))
     timed = difference(engine.counters(), before)
     prefill_seconds = median(prefills)
     figures = {
@@ -157,25 +169,22 @@ def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, rep
         **({"timed_misses": timed["queries"] - timed["hits"]} if timed else {}),
         **cache_figures(engine, engine.prompts(f"counted {case}", batch, prompt_tokens), new_tokens),
     }
-    return figures | (decode_figures(steps, batch) if steps else {})
+    return figures | (decode_figures(decodings, batch, prompt_tokens) if new_tokens else {})
 
 
-def step_milliseconds(found: Decoding, batch: int, prompt_tokens: int) -> float:
-    """Of a step of the whole batch."""
-    if found.steps < 1:
+def decode_figures(decodings: list[Decoding], batch: int, prompt_tokens: int) -> dict[str, Any]:
+    """Of steps of the whole batch, the middle repeat's."""
+    if min(found.steps for found in decodings) < 1:
         raise RuntimeError(
             f"of {batch} prompts of {prompt_tokens} tokens the first was done before the last had begun, so no step "
             "decodes them all: measure with more --new-tokens"
         )
-    return 1e3 * found.seconds / found.steps
-
-
-def decode_figures(steps: list[float], batch: int) -> dict[str, Any]:
-    """From the milliseconds of a step, one number a repeat."""
+    each = [1e3 * found.seconds / found.steps for found in decodings]
     return {
-        "step_milliseconds_each": steps,
-        "step_milliseconds": median(steps),
-        "decode_tokens_per_second": 1e3 * batch / median(steps),
+        "timed_steps": [found.steps for found in decodings],
+        "step_milliseconds_each": each,
+        "step_milliseconds": median(each),
+        "decode_tokens_per_second": 1e3 * batch / median(each),
     }
 
 

@@ -206,7 +206,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument(
         "--new-tokens", type=numbers_as_given, default=[64], metavar="N,N",
-        help="decoding steps that are timed: one number, or one for each of --batches from the smallest (64)",
+        help="tokens after the first, so at most as many timed steps: one number, or one for each of --batches, from "
+        "the smallest (64)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(

@@ -2,67 +2,65 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import engine_run
 import pytest
-from engine_run import Engine, decode_figures, measure, step_milliseconds
 
 pytestmark = pytest.mark.server
 
-CHUNK, PROMPT = 16, 12
 BORDER = 4
-"""The engine's step in which the last of four prompts is read to its end: they come in chunks of 16 tokens, of which
-one goes to each prompt that has been read: 12 + 4, 1 + 8 + 7, 1 + 1 + 5 + 9, and 1 + 1 + 1 + 3."""
+"""The step in which the last of four prompts of 12 tokens is read to its end. They come in chunks of 16, of which one
+goes to each prompt that has been read: 12 + 4, 1 + 8 + 7, 1 + 1 + 5 + 9, and 1 + 1 + 1 + 3."""
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_int4: Path) -> Iterator[Engine]:
-    """One that reads few tokens a step, with 4 of 16 experts resident."""
-    arguments = {
-        "additional_config": {"moe_expert_cache_size": 4}, "enforce_eager": True, "max_model_len": 128,
-        "max_num_batched_tokens": CHUNK, "max_num_seqs": 4, "enable_prefix_caching": False, "language_model_only": True,
-    }  # fmt: skip
-    made = Engine(str(tiny_int4), True, arguments)
-    made.timed(made.prompts("warm-up", 4, PROMPT), 3)
-    yield made
-    made.llm.llm_engine.engine_core.shutdown()
+def found(tiny_int4: Path) -> dict[str, Any]:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(Path(engine_run.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(here / "timed_steps.py"), str(tiny_int4)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
-def test_steps_begin_when_the_last_prompt_has_been_read(engine: Engine) -> None:
-    prompts = engine.prompts("late", 4, PROMPT)
-    begin = time.monotonic()
-    found = engine.decoded(prompts, 20)
-    whole = time.monotonic() - begin
-    # The first prompt has 4 tokens by then, and ends after 16 more.
-    assert found.steps == 20 - BORDER
-    # All engine steps: until the border, of the whole batch, and those that the last prompts need to their end.
-    share = found.steps / (BORDER + found.steps + (BORDER - 1))
-    assert 0.5 * share * whole < found.seconds < whole
+def test_steps_begin_where_the_last_prompt_has_been_read_and_end_with_the_first(found: dict[str, Any]) -> None:
+    four = found["four"]
+    assert four["steps"] == 20 - BORDER
+    times, counts = zip(*four["log"], strict=True)
+    # The first prompt has a token at the first step, the last one at the border.
+    assert [len(made) for made in counts[:BORDER]] == [1, 2, 3, 4]
+    assert max(counts[BORDER - 1].values()) == BORDER
+    assert max(counts[20 - 1].values()) == 20
+    assert four["seconds"] == pytest.approx(times[20 - 1] - times[BORDER - 1], rel=0.1)
 
 
-def test_the_steps_of_one_prompt_are_its_tokens_but_the_first(engine: Engine) -> None:
-    assert engine.decoded(engine.prompts("alone", 1, PROMPT), 9).steps == 8
-    assert engine.decoded(engine.prompts("alone", 1, PROMPT), 1).steps == 0
+def test_the_steps_of_one_prompt_are_its_tokens_but_the_first(found: dict[str, Any]) -> None:
+    times = [when for when, _ in found["alone"]["log"]]
+    assert found["alone"]["steps"] == 8
+    assert found["alone"]["seconds"] == pytest.approx(times[8] - times[0], rel=0.1)
+    assert found["single"]["steps"] == 0
 
 
-def test_the_counters_are_those_of_the_same_steps(engine: Engine) -> None:
-    figures = measure(engine, 1, PROMPT, 8, 3)
-    assert figures["counted_decode_steps"] in (7, 8)  # the engine may be a step ahead when it is asked
-    assert len(figures["step_milliseconds_each"]) == 3
-    assert figures["step_milliseconds"] == sorted(figures["step_milliseconds_each"])[1]
-    assert figures["decode_tokens_per_second"] == pytest.approx(1e3 / figures["step_milliseconds"])
+def test_figures_are_the_middle_repeats_and_counters_those_of_the_same_steps(found: dict[str, Any]) -> None:
+    measured = found["measured"]
+    assert measured["timed_steps"] == [20 - BORDER] * 3
+    assert measured["counted_decode_steps"] == 20 - BORDER
+    assert len(measured["step_milliseconds_each"]) == 3
+    assert measured["step_milliseconds"] == median(measured["step_milliseconds_each"])
+    assert measured["decode_tokens_per_second"] == pytest.approx(4e3 / measured["step_milliseconds"])
 
 
-def test_a_batch_that_is_never_whole_is_refused(engine: Engine) -> None:
-    found = engine.decoded(engine.prompts("short", 4, PROMPT), BORDER - 1)
-    assert found.steps < 1
-    with pytest.raises(RuntimeError, match=r"of 4 prompts of 12 tokens the first was done before.*--new-tokens"):
-        step_milliseconds(found, 4, PROMPT)
-
-
-def test_figures_are_those_of_the_middle_repeat() -> None:
-    figures = decode_figures([7.0, 4.0, 5.0], 8)
-    assert figures["step_milliseconds"] == 5
-    assert figures["decode_tokens_per_second"] == 1600
+def test_a_batch_that_is_never_whole_is_refused(found: dict[str, Any]) -> None:
+    assert found["short"]["steps"] < 1
+    assert "of 4 prompts of 12 tokens the first was done before the last had begun" in found["refused"]
+    assert "--new-tokens" in found["refused"]
