@@ -177,13 +177,13 @@ def test_drafts_with_weights_of_their_own_are_not_guessed(qwen3_moe_bf16: Path) 
 
 
 TWO_RANKS = """
-import os, sys
+import sys
 from vllm.distributed.parallel_state import destroy_distributed_environment, init_distributed_environment
 from vllm_hlwq.auto_size import least_of_ranks
 rank = int(sys.argv[1])
 init_distributed_environment(2, rank, sys.argv[2], rank, "gloo")
 print(least_of_ranks((9, 4)[rank]), least_of_ranks((3, 0)[rank]), flush=True)
-# As vLLM's workers do; a process that ends with Gloo's threads running is ended by the C++ runtime now and then.
+# As vLLM's workers do: a process that ends with Gloo's threads still running may be aborted by the C++ runtime.
 destroy_distributed_environment()
 """
 
