@@ -99,9 +99,9 @@ def with_misses(engines: Engines, _: Any, link: float) -> Verdicts:
         allowed = stock["step_milliseconds"] + transfer + SLACK_MILLISECONDS
         step = cached["step_milliseconds"]
         yield (
-            f"batch {batch}: resident {stock['step_milliseconds']:.2f} + transfer {transfer:.2f} + "
-            f"{SLACK_MILLISECONDS} = {allowed:.2f} ms",
-            f"{step:.2f} ms at {cached['decode_hit_rate']:.0%} hits",
+            f"batch {batch}: resident {stock['step_milliseconds']:.3f} + transfer {transfer:.3f} + "
+            f"{SLACK_MILLISECONDS} = {allowed:.3f} ms",
+            f"{step:.3f} ms at {cached['decode_hit_rate']:.0%} hits",
             step <= allowed,
         )
 

@@ -164,6 +164,7 @@ def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int, rep
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
+        "prefill_seconds_each": prefills,
         "prefill_seconds": prefill_seconds,
         "prefill_tokens_per_second": batch * prompt_tokens / prefill_seconds,
         **({"timed_misses": timed["queries"] - timed["hits"]} if timed else {}),
