@@ -117,8 +117,11 @@ def draw_chart(result: dict[str, Any], path: Path) -> None:
             panel.plot(*zip(*sorted(line), strict=True), marker="o", color=color[name], label=name)
         for name, speed in levels[batch].items():
             panel.axhline(speed, linestyle="--", color=color[name], label=name)
-        panel.set(title=f"batch {batch}", xlabel="experts resident per layer", ylim=(0, None))
+        panel.set(title=f"batch {batch}", xlabel="experts resident per layer")
         panel.set_xscale("log", base=2)
+        # Ratios are what is compared, and all experts resident are many times as fast as half of them.
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         panel.set_xticks(sizes, labels=sizes)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
