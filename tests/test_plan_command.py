@@ -150,7 +150,9 @@ def test_a_name_of_the_hub_is_found_in_its_cache(
     assert model_folder("no/such/name", None) is None
     assert model_folder(str(tiny_int4), None) == tiny_int4
     assert plan("owner/tiny")["expert_bytes"] == 78_336
-    assert "owner/other: does not exist" in fails("plan", "owner/other")
+    assert fails("plan", "owner/other") == (
+        "owner/other: is no folder, and the hub's cache has no model of that name; give a downloaded model's folder"
+    )
 
 
 def test_an_index_of_other_weights_is_noticed(tiny_int4: Path, tmp_path: Path) -> None:
@@ -212,11 +214,12 @@ def test_a_gpu_gets_as_many_slots_as_fit_and_not_one_more(tiny_int4: Path) -> No
 def test_what_does_not_fit_is_said(tiny_int4: Path) -> None:
     target = plan(tiny_int4, "--vram", "512MiB", "--ram", "1GiB", "--slots", 4)["target"]
     assert not target["fits"]
-    assert "4 slots need" in target["problems"][0]
-    assert target["problems"][0].endswith("not even 1 slot fits")
-    assert (
-        "of page-locked experts and 6442450944 for everything else exceed 1073741824 bytes of host"
-        in (target["problems"][1])
+    remedy = "not even 1 slot fits; lower --max-num-seqs, --max-num-batched-tokens, --context or --kv-floor-seqs"
+    needed = round(target["vram_bytes"] / 2**20)
+    assert target["problems"][0] == f"4 slots need {needed} MiB of GPU memory, 462 MiB are granted; {remedy}"
+    # 3 layers of 16 experts of 78,336 bytes.
+    assert target["problems"][1].startswith(
+        "4 MiB of page-locked experts and 6,144 MiB for everything else exceed --ram, 1,024 MiB; "
     )
     target = plan(tiny_int4, "--vram", "512MiB")["target"]
     assert (target["slots"], target["fits"]) == (0, False)
@@ -227,11 +230,16 @@ def test_what_does_not_fit_is_said(tiny_int4: Path) -> None:
 def test_what_cannot_be_planned_is_refused(dense_bf16: Path, layout_models: dict[str, Path], tmp_path: Path) -> None:
     assert "has no mixture-of-experts layers" in fails("plan", without_weights(dense_bf16, tmp_path / "dense"))
     assert "no mixture-of-experts layers" in fails("plan", dense_bf16)
-    assert "does not exist" in fails("plan", tmp_path / "absent")
+    assert f"{tmp_path / 'absent'}: is no folder" in fails("plan", tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "empty: holds neither config.json nor a safetensors file" in fails("plan", tmp_path / "empty")
     assert "another format" in fails("plan", layout_models["gpt_oss"])
     assert "--slots 17: the model has 16 experts per layer" in fails("plan", SHIPPED, "--slots", 17)
     assert "--vram '24': not an amount of memory" in fails("plan", SHIPPED, "--vram", "24")
-    assert "--link '25GB': not a rate" in fails("plan", SHIPPED, "--link", "25GB")
+    assert "--link '25GB': not a rate" in fails("plan", SHIPPED, "--vram", "24GiB", "--link", "25GB")
+    assert fails("plan", SHIPPED, "--link", "6GB/s") == (
+        "--link 6GB/s: of the GPU of --vram, which is not given; add --vram 12GiB, say"
+    )
     other = without_weights(layout_models["qwen3_moe"], tmp_path / "fp8")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))

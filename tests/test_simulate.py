@@ -131,6 +131,15 @@ def test_an_unfinished_trace_says_so(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    assert fails("simulate", tmp_path / "t", "--slots", "2") == f"{tmp_path / 't'}: no such file"
+    assert fails("simulate", tmp_path / "t", "--slots", "2") == (
+        f"{tmp_path / 't'}: no such file; give one that --moe-expert-trace recorded"
+    )
     (tmp_path / "t").write_text("x")
+    words = ("simulate", tmp_path / "t", "--slots", "2")
+    assert fails(*words, "--step-ms", "3") == (
+        "--step-ms 3: for a prediction, which needs a rate too; add --link 25GB/s, say"
+    )
+    assert fails(*words, "--plots", tmp_path / "t") == (
+        f"--plots {tmp_path / 't'}: is no folder; give another, which may be one to make"
+    )
     assert "not a trace of expert routing" in fails("simulate", tmp_path / "t", "--slots", "2")

@@ -282,8 +282,13 @@ def simulate_command(
         str | None, typer.Option(help="Rate from host memory to the GPU, like 25GB/s, to predict tokens per second.")
     ] = None,
     step_ms: Annotated[
-        float, typer.Option(min=0, help="Milliseconds of a decode step with every expert resident.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --link: milliseconds of a decode step with every expert resident; 0 by default.",
+            show_default=False,
+        ),
+    ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder to write charts to, as PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -292,10 +297,14 @@ def simulate_command(
     from .simulate import parse_slots, replay, report
     from .trace import Trace
 
+    if step_ms is not None and link is None:
+        raise TraceError(f"--step-ms {step_ms:g}: for a prediction, which needs a rate too; add --link 25GB/s, say")
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise TraceError(f"--plots {plots}: is no folder; give another, which may be one to make")
     rate = None if link is None else parse_rate(link, "--link")
     recorded = Trace.load(trace)
     replays = replay(recorded, parse_slots(slots))
-    found = report(recorded, replays, rate, step_ms / 1000)
+    found = report(recorded, replays, rate, (step_ms or 0) / 1000)
     if plots is not None:
         from .simulate_charts import write_charts
 

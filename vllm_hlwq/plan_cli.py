@@ -12,6 +12,7 @@ from rich.table import Table
 
 MIB, GIB = 2**20, 2**30
 GPU_COLUMNS = ("GPU", "link", "GB/s", "slots", "GiB used", "GiB locked", "hits", "ms/token", "tokens/s")
+LINK = "25GB/s"
 LEAST_WIDTH = 112
 """Columns that the table takes."""
 NOTE = (
@@ -31,7 +32,9 @@ def plan_command(
     ],
     vram: Annotated[str | None, typer.Option(help="Nominal memory of a GPU, like 24GiB.")] = None,
     ram: Annotated[str | None, typer.Option(help="Memory of the host, like 64GiB; not judged without it.")] = None,
-    link: Annotated[str, typer.Option(help="Rate from host to GPU, like 25GB/s; for --vram.")] = "25GB/s",
+    link: Annotated[
+        str | None, typer.Option(help=f"Rate from host to the GPU of --vram; {LINK} by default.", show_default=False)
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="--max-model-len; by default the model's own.", show_default=False)
     ] = None,
@@ -57,12 +60,15 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say how many experts a GPU holds of a model, what that takes, and what its link allows."""
+    from .errors import CheckpointError
     from .gpus import Gpu
     from .planning import ASSUMED_HITS, Plan, Settings
     from .quantities import parse_bytes, parse_rate
     from .served_checkpoint import model_folder
 
-    rate = parse_rate(link, "--link")
+    if link is not None and vram is None:
+        raise CheckpointError(f"--link {link}: of the GPU of --vram, which is not given; add --vram 12GiB, say")
+    rate = parse_rate(link or LINK, "--link")
     gpu = None if vram is None else Gpu("--vram", parse_bytes(vram, "--vram"), rate, "--link")
     settings = Settings(
         context=context,
@@ -76,7 +82,14 @@ def plan_command(
         hits_permille=tuple(round(1000 * share) for share in hit_rate) if hit_rate else ASSUMED_HITS,
         reference=reference,
     )
-    report = Plan(model_folder(model, None) or Path(model), settings).report(gpu)
+    folder = model_folder(model, None) or Path(model)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{model}: is no folder, and the hub's cache has no model of that name; give a downloaded model's folder"
+        )
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: holds neither config.json nor a safetensors file; give a model's folder")
+    report = Plan(folder, settings).report(gpu)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

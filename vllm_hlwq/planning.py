@@ -27,6 +27,7 @@ SYSTEM_BYTES = 6 * 2**30
 """Of host memory, for vLLM's processes and the system beside the experts."""
 ASSUMED_HITS = tuple(hits for _, hits in reversed(HIT_RATES[1:-1]))
 """Of 1000; seen with 50, 25 and 12.5 % of Gemma-4-26B-A4B's experts resident."""
+LOWER = "lower --max-num-seqs, --max-num-batched-tokens, --context or --kv-floor-seqs"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Settings:
     staging_size: int | None = None
     hits_permille: tuple[int, ...] = ASSUMED_HITS
     reference: bool = False
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 class Plan:
@@ -155,21 +160,22 @@ class Plan:
         }
 
     def _shortage(self, estimate: DeviceEstimate, granted: int) -> str:
-        return (
-            f"not even 1 slot fits: {estimate.bytes(1)} bytes are needed, {granted} granted; lower --max-num-seqs, "
-            "--max-num-batched-tokens, --context or --kv-floor-seqs"
-        )
+        return f"not even 1 slot fits: {mebibytes(estimate.bytes(1))} are needed, {mebibytes(granted)} granted; {LOWER}"
 
     def _problems(self, estimate: DeviceEstimate, granted: int, slots: int) -> Iterator[str]:
         if estimate.bytes(slots) > granted:
             most = estimate.most_slots(granted)
-            rest = f"the largest number that fits is {most}" if most else "not even 1 slot fits"
-            yield f"{slots} slots need {estimate.bytes(slots)} bytes of GPU memory, {granted} are granted; {rest}"
+            rest = f"the largest number that fits is {most}" if most else f"not even 1 slot fits; {LOWER}"
+            yield (
+                f"{slots} slots need {mebibytes(estimate.bytes(slots))} of GPU memory, {mebibytes(granted)} are "
+                f"granted; {rest}"
+            )
         ram, host = self.settings.ram, estimate.banks.host_bytes(slots)
         if ram is not None and host + SYSTEM_BYTES > ram:
             yield (
-                f"{host} bytes of page-locked experts and {SYSTEM_BYTES} for everything else exceed {ram} bytes of "
-                "host memory"
+                f"{mebibytes(host)} of page-locked experts and {mebibytes(SYSTEM_BYTES)} for everything else exceed "
+                f"--ram, {mebibytes(ram)}; all experts must be in host memory, so it takes more of that or an export "
+                "with fewer bits a weight"
             )
 
     def _bound(self, banks: BankSizes, link: int, hit_permille: int) -> dict[str, Any]:

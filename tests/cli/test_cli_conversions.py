@@ -43,7 +43,7 @@ def test_the_way_of_a_model_as_a_user_goes_it(source: Path, tmp_path: Path) -> N
     done = subprocess.run([HLWQ, "export", "q5", "int4"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "hlwq: int4: exists and is not an empty folder; choose another or remove it\n"
+    assert done.stderr == "hlwq: int4: exists and is not an empty folder; choose another\n"
 
 
 def test_a_terminal_shows_progress_and_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class FolderWriter:
 
     def __init__(self, out: Path, task: dict[str, Any], groups: list[Group], shard_bytes: int = SHARD_BYTES) -> None:
         if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-            raise CheckpointError(f"{out}: exists and is not an empty folder; choose another or remove it")
+            raise CheckpointError(f"{out}: exists and is not an empty folder; choose another")
         if out.resolve().is_mount():
             raise CheckpointError(f"{out}: is a mount point, which cannot take a folder's place; choose one inside it")
         self.out = out if out.name not in ("", "..") else out.resolve()
