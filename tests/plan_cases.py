@@ -49,8 +49,9 @@ class Pair:
 
     def __post_init__(self) -> None:
         sizes = (self.num_experts, self.num_slots, self.staging_rows)
-        self.table = DeviceSlotTable(*sizes, self.max_tokens, self.top_k, self.device)
-        self.mirror = SlotTable(*sizes)
+        everywhere = None if self.expert_map is None else len(self.expert_map)
+        self.table = DeviceSlotTable(*sizes, self.max_tokens, self.top_k, self.device, everywhere)
+        self.mirror = SlotTable(*sizes, global_experts=everywhere)
 
     def step(self, step: Step) -> None:
         """Plan a step on the device, then check it."""

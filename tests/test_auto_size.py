@@ -144,6 +144,12 @@ UNKNOWN = {
     "several layers' GPUs": ("parallel_config", "world_size", 2, "layers or sequences are dealt to several GPUs"),
     "a name": ("model_config", "model", "owner/name", "owner/name is no local folder"),
     "a KV cache of another kind": ("model_config", "is_hybrid", True, "reserve it (--kv-cache-memory-bytes)"),
+    "a tower of images and videos": (
+        "model_config",
+        "multimodal_config",
+        MultiModalConfig(limit_per_prompt={"image": 0}),
+        "--language-model-only",
+    ),
     "towers": ("model_config", "multimodal_config", MultiModalConfig(), "--language-model-only"),
 }
 

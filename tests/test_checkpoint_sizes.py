@@ -194,6 +194,12 @@ def test_what_is_loaded_counts_once_and_what_is_not_counts_nothing() -> None:
         ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.float32, (8,)),
     ]
     assert dense_of(*drafts) == 0
+    speech = [
+        ("talker.model.layers.0.mlp.experts.0.up_proj.weight", torch.bfloat16, (8, 8)),
+        ("talker.model.layers.0.self_attn.k_proj.weight", torch.bfloat16, (8, 8)),
+        ("code2wav.decoder.0.conv.weight", torch.bfloat16, (8, 8)),
+    ]
+    assert dense_of(*speech) == 0
     towers = [
         (f"model.{name}.weight", torch.bfloat16, (8, 8))
         for name in ("vision_tower.encoder.layers.7.mlp", "embed_vision.embedding_projection", "audio_tower.conv")

@@ -204,6 +204,17 @@ def test_a_batch_that_decodes_is_not_streaming_though_it_needs_all_experts() -> 
     assert plan.staged.tolist() == [5, 2, 3, 1, 4, 6]
 
 
+def test_a_rank_with_a_part_of_the_experts_counts_mentions_of_all() -> None:
+    """Of 16 experts 8 are here: 8 tokens of 4 are 2 mentions for each, as if all 16 had been here."""
+    steps = ids([0]), ids(*[[7, 5, -1, -1], [1, -1, 4, -1]] * 4)
+    here, part = SlotTable(8, 2, 3), SlotTable(8, 2, 3, global_experts=16)
+    for step in steps:
+        here.plan_step(step)
+        part.plan_step(step)
+    assert here.expert_of_slot.tolist() == [0, 7], "taken for a prompt: what is resident stays"
+    assert part.expert_of_slot.tolist() == [5, 7] or part.expert_of_slot.tolist() == [7, 5]
+
+
 def test_prefetched_experts_have_the_first_places() -> None:
     table = SlotTable(num_experts=8, num_slots=2, staging_rows=3)
     assert table.prefetch().tolist() == [], "a slot is empty"

@@ -75,6 +75,27 @@ def test_waves_round_as_marlin_does_between_batch_shapes(
         assert (output - wanted).abs().max().item() <= allowed
 
 
+@torch.inference_mode()
+def test_router_weights_on_the_input_are_applied_once(checkpoint: Path) -> None:
+    """vLLM's kernel frame has multiplied the input by them, as in Llama-4; whatever they are, they do no more."""
+    cache = LoadedModel(checkpoint, NUM_EXPERTS, **ENGINE).runners[0].routed_experts.expert_cache
+    hidden, logits = step(6, 0)
+    ids = logits.topk(TOP_K).indices
+    outputs = []
+    for weight, on_input in ((1.0, False), (0.25, True)):
+        output = torch.empty_like(hidden)
+        workspaces = [
+            torch.empty(shape, dtype=hidden.dtype, device="cuda")
+            for shape in cache.backend.workspace_shapes(len(hidden), hidden.shape[1], TOP_K)
+        ]
+        weights = torch.full(ids.shape, weight, device="cuda")
+        buffers = cache.backend.buffers(*workspaces, ids.numel())
+        cache.step(hidden, weights, ids, output, buffers, on_input, None, None)
+        outputs.append(output)
+    assert outputs[0].any()
+    assert torch.equal(*outputs)
+
+
 def test_padding_rows_load_and_count_nothing(checkpoint: Path, stock: LoadedModel) -> None:
     cached = LoadedModel(checkpoint, NUM_EXPERTS // 2, **ENGINE)
     cache = cached.runners[0].routed_experts.expert_cache

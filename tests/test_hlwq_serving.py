@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LoadedModel
+from engines import LoadedModel, engine_config
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
@@ -68,6 +68,17 @@ def test_a_dense_model_is_that_of_the_decoded_checkpoint(dense_bf16: Path, tmp_p
     dequantize(HlwqSource(tmp_path / "coded"), tmp_path / "bf16")
     direct, decoded = (LoadedModel(tmp_path / name, 0) for name in ("coded", "bf16"))
     assert_same_weights(weights(direct), weights(decoded))
+
+
+def test_what_drafts_for_a_coded_model_is_read_as_it_is(pair: tuple[Path, Path], dense_bf16: Path) -> None:
+    drafting = {"method": "draft_model", "model": str(dense_bf16), "num_speculative_tokens": 2}
+    config = engine_config(pair[0], CACHE_SIZE, speculative_config=drafting)
+    assert config.load_config.load_format == "hlwq"
+    loader = HlwqLoader(config.load_config)
+    read = dict(loader.get_all_weights(config.speculative_config.draft_model_config, torch.nn.Module()))
+    stored = load_file(dense_bf16 / "model.safetensors")
+    assert read.keys() == stored.keys()
+    assert all(torch.equal(read[name], stored[name]) for name in stored)
 
 
 def test_the_log_gives_the_seconds_of_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

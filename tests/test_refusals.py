@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import LoadedModel, engine_config
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.offloader.prefetch import _CpuParamOffloader
 
 from vllm_hlwq.bench.server import ENVIRONMENT, VLLM
 from vllm_hlwq.checkpoint.export import export_int4
@@ -68,8 +71,9 @@ def test_offloading_that_would_take_experts(qwen3_moe_bf16: Path, names: set[str
     assert "--cpu-offload-gb 1.0 would take experts" in message
 
 
-def test_prefetching_that_would_take_experts(qwen3_moe_bf16: Path) -> None:
-    message = refusal(lambda: engine_config(qwen3_moe_bf16, 4, offload_group_size=2))
+@pytest.mark.parametrize("names", [set(), {"experts"}, {"w13_weight", "w2_weight"}])
+def test_prefetching_that_would_take_experts(qwen3_moe_bf16: Path, names: set[str]) -> None:
+    message = refusal(lambda: engine_config(qwen3_moe_bf16, 4, offload_group_size=2, offload_params=names))
     assert "--offload-group-size 2 would take experts" in message
 
 
@@ -84,6 +88,7 @@ def test_offloading_of_other_weights_is_allowed(qwen3_moe_bf16: Path) -> None:
         ("parallel_config", "enable_elastic_ep", True, "remove --enable-elastic-ep"),
         ("parallel_config", "enable_dbo", True, "remove --enable-dbo"),
         ("parallel_config", "data_parallel_size", 2, "set --data-parallel-size 2 to 1"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size 2 gives layers more"),
         ("parallel_config", "worker_cls", "some.Worker", "--worker-cls some.Worker replaces the worker"),
         ("model_config", "enable_sleep_mode", True, "remove --enable-sleep-mode"),
         ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill gives later layers fewer tokens"),
@@ -97,7 +102,28 @@ def test_settings_that_vllm_itself_does_not_admit_on_a_cpu(
     assert remedy in refusal(lambda: check_engine_config(config, ExpertCacheOptions(cache_size=4)))
 
 
+def test_a_moe_backend_for_drafts(qwen3_moe_bf16: Path) -> None:
+    drafting = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "moe_backend": "triton"}
+    message = refusal(lambda: engine_config(qwen3_moe_bf16, 4, speculative_config=drafting))
+    assert "--speculative-config's moe_backend triton cannot be honoured" in message
+
+
 # While the model is built or loaded.
+
+
+def test_experts_that_something_else_moved_while_they_were_loaded(
+    qwen3_moe_bf16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's prefetch offloading by the name of the block around the experts, whose name could be any."""
+    load = DefaultModelLoader.load_weights
+
+    def offloaded(self: DefaultModelLoader, model: torch.nn.Module, model_config: object) -> None:
+        _CpuParamOffloader(model, "model.layers.1.mlp.experts.routed_experts.w2_weight")
+        load(self, model, model_config)
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", offloaded)
+    message = refusal(lambda: LoadedModel(qwen3_moe_bf16, 4))
+    assert message.startswith("model.layers.1.mlp.experts: something else moved w2_weight")
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ _TOWER = re.compile(
     r"(?:_\w+)?(?:\.|$)"
 )
 _NEVER_LOADED = re.compile(
-    r"(?:^|\.)mtp(?:_\w+)?\.|\.inv_freq$|weight_shape$|weight_g_idx$|(?:^|\.)embed_(?:vision|audio)\.embedding\."
+    r"(?:^|\.)(?:mtp(?:_\w+)?|talker|code2wav)\.|\.inv_freq$|weight_shape$|weight_g_idx$|"
+    r"(?:^|\.)embed_(?:vision|audio)\.embedding\."
 )
 _SIDE_TENSOR = re.compile(r"weight_(?:scale|zero_point)$")
 _HEAD = re.compile(r"(?:^|\.)lm_head\.")

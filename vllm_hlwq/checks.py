@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .checkpoint_files import check_checkpoint_files
@@ -11,6 +12,8 @@ from .vllm_compat import borrow
 
 STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 EXPERT_NAME_SEGMENTS = frozenset({"experts", "routed_experts"})
+EXPERT_WEIGHT = re.compile(r"w13|w2")
+"""How the names of vLLM's parameters of experts begin."""
 
 
 def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
@@ -71,6 +74,11 @@ def _refusals(vllm_config: Any) -> list[str]:
             f"data parallelism is not supported by this version of the expert cache: set --data-parallel-size "
             f"{parallel.data_parallel_size} to 1"
         )
+    if parallel.prefill_context_parallel_size > 1:
+        found.append(
+            f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size} gives layers more tokens than "
+            "the expert cache has room for: set it to 1"
+        )
     if model.enable_sleep_mode:
         found.append("sleep mode discards expert slots behind the cache's back: remove --enable-sleep-mode")
     if vllm_config.weight_transfer_config is not None:
@@ -85,6 +93,12 @@ def _refusals(vllm_config: Any) -> list[str]:
         found.append(
             f"--moe-backend {vllm_config.kernel_config.moe_backend} cannot be honoured, the expert cache computes "
             "experts itself: leave it at auto"
+        )
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.moe_backend not in (None, "auto"):
+        found.append(
+            f"--speculative-config's moe_backend {drafts.moe_backend} cannot be honoured, the expert cache computes "
+            "experts itself: leave it out"
         )
     platform = borrow("current_platform")
     if not platform.is_cpu() and not platform.is_cuda():
@@ -101,7 +115,9 @@ def _refusals(vllm_config: Any) -> list[str]:
 
 def _offload_refusals(offload: Any) -> list[str]:
     def takes_experts(names: set[str]) -> bool:
-        return not names or any(EXPERT_NAME_SEGMENTS.intersection(name.split(".")) for name in names)
+        """Blocks around experts, like ``mlp``, are named differently by models: ``finish_loading`` finds those."""
+        segments = {segment for name in names for segment in name.split(".")}
+        return not names or bool(EXPERT_NAME_SEGMENTS & segments) or any(map(EXPERT_WEIGHT.match, segments))
 
     found = []
     if offload.uva.cpu_offload_gb > 0 and takes_experts(offload.uva.cpu_offload_params):

@@ -141,7 +141,8 @@ class DeviceBackend(ABC):
             blocks: the wave's blocks and no others.
             hidden_states: ``[T, hidden]``, BF16 or FP16, contiguous.
             topk_weights: float32 ``[T, k]``.
-            weights_on_input: whether the weights multiply the input rather than the output.
+            weights_on_input: whether the weights multiply the input rather than the output; vLLM's kernel frame has
+                done that, and there is no more to do with them.
             buffers: working memory; of ``out_rows`` only rows of this wave's experts are written.
         """
 

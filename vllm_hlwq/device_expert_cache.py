@@ -49,12 +49,14 @@ class DeviceExpertCache:
         num_experts: int,
         top_k: int,
         max_tokens: int,
+        global_experts: int | None = None,
     ) -> None:
         self.store = store
         self.slot_bank = slot_bank
         self.staging_bank = staging
         self.backend = backend
         self.num_experts = num_experts
+        self.global_experts = global_experts or num_experts
         self.num_slots = slot_bank.rows
         self.record_bytes = slot_bank.nbytes // slot_bank.rows
         self.table: DeviceSlotTable | None = None
@@ -65,7 +67,9 @@ class DeviceExpertCache:
         self.layout_key = store.layout.key()
         device = next(iter(slot_bank.fields.values())).device
         self._runtime = torch.get_device_module(device)
-        self.table = DeviceSlotTable(num_experts, slot_bank.rows, staging.rows, max_tokens, top_k, device)
+        self.table = DeviceSlotTable(
+            num_experts, slot_bank.rows, staging.rows, max_tokens, top_k, device, global_experts
+        )
         self._load_slots = Gather(store.layout, slot_bank)
         staging.add(self)
         self._staged_rows = torch.arange(num_experts, dtype=torch.int32, device=device) % staging.rows
@@ -146,7 +150,7 @@ class DeviceExpertCache:
 
         Not in a capture: a graph may hold a single layer, and what it copies must be there when the graph ends.
         """
-        if not is_prompt(pairs, self.num_experts):
+        if not is_prompt(pairs, self.global_experts):
             return False
         return self._runtime is not torch.cuda or not torch.cuda.is_current_stream_capturing()
 

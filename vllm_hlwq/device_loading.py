@@ -159,7 +159,9 @@ def load_cache(
         # Else banks would be put into the larger blocks that the conversion has left, whose rest no one could use.
         torch.cuda.empty_cache()
         store, bank, staging = _load_banks(raw, layout, backend, num_slots, rows, others, device, bars, keep)
-        return DeviceExpertCache(store, bank, staging, backend, raw.num_experts, top_k, max_tokens)
+        return DeviceExpertCache(
+            store, bank, staging, backend, raw.num_experts, top_k, max_tokens, backend.moe_config.num_experts
+        )
     except torch.cuda.OutOfMemoryError as error:
         logger.debug("Expert cache: %s", str(error))
     # Only here the error is gone, and with it what had been made of this layer's banks.

@@ -59,7 +59,7 @@ def device_estimate(vllm_config: Any, options: ExpertCacheOptions, device_bytes:
         CheckpointError: the checkpoint's headers cannot be read.
     """
     rank = _rank_sizes(vllm_config, options, device_bytes)
-    if rank.facts.towers:
+    if _towers_may_be_loaded(vllm_config.model_config.multimodal_config):
         raise UnknownSizes(
             "what encoders of images and sound need while they run is not known; serve without them "
             "(--language-model-only)"
@@ -190,8 +190,13 @@ def model_facts(model_config: Any) -> ModelFacts:
 
 
 def _towers_are_loaded(multimodal_config: Any) -> bool:
-    """vLLM leaves out a tower whose every kind of input is limited to none."""
+    """Whether every tower is: vLLM leaves one out if each kind of its input is limited to none."""
     return multimodal_config is not None and all(multimodal_config.get_limit_per_prompt(kind) for kind in MODALITIES)
+
+
+def _towers_may_be_loaded(multimodal_config: Any) -> bool:
+    """Whether some tower may be: which kinds of input are one tower's, a model knows."""
+    return multimodal_config is not None and any(multimodal_config.get_limit_per_prompt(kind) for kind in MODALITIES)
 
 
 def kv_cache_bytes(layers: tuple[KvLayer, ...], vllm_config: Any) -> int:

@@ -28,14 +28,17 @@ COUNTERS = ("steps", "queries", "hits", "admitted", "evictions", "staged", "wave
 moved to the device: those admitted and staged, and those prefetched whether needed or not."""
 
 MENTIONS_OF_A_PROMPT = 4
-"""Mentions per expert of the layer from which on a step is taken for a prompt. Tokens that mention each of 128 experts
-four times on average leave 2 % of them unused if they choose evenly, some more in practice. Decoding a batch that large
-needs as good as all experts too, so that nothing is lost by a resident set that stays."""
+"""Mentions per expert of the layer, on any rank, from which on a step is taken for a prompt. Tokens that mention each
+of 128 experts four times on average leave 2 % of them unused if they choose evenly, some more in practice. Decoding a
+batch that large needs as good as all experts too, so that nothing is lost by a resident set that stays."""
 
 
-def is_prompt(mentions: int, num_experts: int) -> bool:
-    """Whether a step of ``mentions`` = T * k pairs of (token, k) is taken for the prefill of a long prompt."""
-    return mentions >= MENTIONS_OF_A_PROMPT * num_experts
+def is_prompt(mentions: int, global_experts: int) -> bool:
+    """Whether a step of ``mentions`` = T * k pairs of (token, k) is taken for the prefill of a long prompt.
+
+    Pairs are those of all experts of the layer, ``global_experts``, wherever they are.
+    """
+    return mentions >= MENTIONS_OF_A_PROMPT * global_experts
 
 
 def named_experts(expert_ids: torch.Tensor, num_experts: int, is_padding: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,7 +91,14 @@ class SlotState:
         counters: int64 [len(COUNTERS)].
     """
 
-    def __init__(self, num_experts: int, num_slots: int, staging_rows: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        num_slots: int,
+        staging_rows: int,
+        device: torch.device | str = "cpu",
+        global_experts: int | None = None,
+    ) -> None:
         """Make an empty table.
 
         Args:
@@ -96,6 +106,7 @@ class SlotState:
             num_slots: slots of the layer, N, 1 to E.
             staging_rows: experts that one staged wave holds; 1 or more unless N equals E.
             device: where the tensors lie.
+            global_experts: experts of the layer on all ranks; None if they are all on this one.
 
         Raises:
             ValueError: a size is out of its range.
@@ -105,6 +116,7 @@ class SlotState:
         if num_slots < num_experts and staging_rows < 1:
             raise ValueError(f"staging_rows={staging_rows} must be 1 or more when num_slots < num_experts")
         self.num_experts = num_experts
+        self.global_experts = global_experts or num_experts
         self.num_slots = num_slots
         self.staging_rows = staging_rows
         self.slot_of_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
@@ -158,7 +170,7 @@ class SlotTable(SlotState):
         first_use = self._first_use(expert_ids)
         needed = first_use < expert_ids.numel()
         num_needed = int(needed.sum())
-        streaming = num_needed > self.num_slots and is_prompt(expert_ids.numel(), self.num_experts)
+        streaming = num_needed > self.num_slots and is_prompt(expert_ids.numel(), self.global_experts)
         rank_without_slot = torch.cumsum(self.slot_of_expert < 0, 0) - 1
 
         hit = needed & (self.slot_of_expert >= 0)

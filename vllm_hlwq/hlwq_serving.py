@@ -26,7 +26,7 @@ from .codec import CodebookName
 from .codec.chunks import on_cpus
 from .errors import CheckpointError
 from .expert_loading import current_loading
-from .hlwq_engine import loader_options
+from .hlwq_engine import QUANT_METHODS, loader_options
 from .vllm_compat import borrow
 
 LOAD_FORMAT = "hlwq"
@@ -95,16 +95,23 @@ def open_export(
 
 
 class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
-    """vLLM's loader with the tensors of the INT4 sibling in the place of files."""
+    """vLLM's loader with the tensors of the INT4 sibling in the place of files.
+
+    An engine has one load format, so what drafts for an HLWQ model comes here too, in whatever form it is.
+    """
 
     def __init__(self, load_config: Any) -> None:
         self.options = dict(load_config.model_loader_extra_config or {})
         super().__init__(replace(load_config, model_loader_extra_config={}))
+        self.stock = borrow("DefaultModelLoader")(replace(self.load_config, load_format="auto"))
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by their names in the checkpoint, decoded where the model computes."""
         # vLLM starts this clock where it opens files; else its log gives the machine's uptime as seconds of loading.
         self.counter_before_loading_weights = time.perf_counter()
+        if model_config.quantization not in QUANT_METHODS:
+            yield from self.stock.get_all_weights(model_config, model)
+            return
         folder = local_folder(model_config.model, model_config.revision)
         device = torch.device("cuda" if borrow("current_platform").is_cuda() else "cpu")
         with on_cpus(() if device.type == "cuda" else cpus_of_the_server()):

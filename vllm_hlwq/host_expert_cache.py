@@ -42,6 +42,7 @@ class HostExpertCache:
         staging_bank: WeightBank | None,
         backend: ReferenceBackend,
         device: torch.device,
+        global_experts: int | None = None,
     ) -> None:
         """Take the banks.
 
@@ -51,8 +52,10 @@ class HostExpertCache:
             staging_bank: where experts without a slot are computed; None when all are resident.
             backend: computes experts from a bank.
             device: where the banks lie.
+            global_experts: experts of the layer on all ranks; None if they are all on this one.
         """
         self.num_experts = store.num_experts
+        self.global_experts = global_experts or store.num_experts
         self.num_slots = num_slots
         self.record_bytes = store.layout.record_bytes
         self.layout_key = store.layout.key()
@@ -65,7 +68,7 @@ class HostExpertCache:
         else:
             self.store = store
             self.slot_bank = WeightBank.allocate(num_slots, store.layout, device)
-            self.table = SlotTable(self.num_experts, num_slots, staging_bank.rows)
+            self.table = SlotTable(self.num_experts, num_slots, staging_bank.rows, global_experts=global_experts)
 
     def step(
         self,

@@ -36,6 +36,8 @@ def device_obstacle(expert_format: ExpertFormat, moe_config: Any) -> str | None:
     if not platform.has_device_capability(OLDEST_CAPABILITY):
         have = platform.get_device_capability()
         return f"{platform.get_device_name()} has compute capability {have}, they need 7.5 (Turing) or newer"
+    if borrow("VLLM_BATCH_INVARIANT"):
+        return "VLLM_BATCH_INVARIANT=1 asks for sums that no batch changes, which Marlin does not have; unset it"
     if borrow("get_marlin_input_dtype")() is not None:
         return "VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations, whose scales depend on the whole layer; unset it"
     width = moe_config.intermediate_size_per_partition
@@ -86,6 +88,9 @@ class MarlinBackend(DeviceBackend):
         buffers: Buffers,
     ) -> None:
         fields = bank.fields
+        if weights_on_input:
+            # They are in it: vLLM's kernel frame has multiplied it, and Marlin would do so once more.
+            topk_weights = torch.ones_like(topk_weights)
         self._run(
             hidden_states=hidden_states,
             w1=fields["w13_weight"],
@@ -97,7 +102,7 @@ class MarlinBackend(DeviceBackend):
             topk_weights=topk_weights,
             num_topk=topk_weights.shape[1],
             quant_type=self.quant_type,
-            apply_router_weight_on_input=weights_on_input,
+            apply_router_weight_on_input=False,
             expert_map=None,
             block_size_m=blocks.block_size,
             sorted_token_ids=blocks.sorted_rows,

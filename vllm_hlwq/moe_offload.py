@@ -190,9 +190,16 @@ class OffloadedLayer:
         if self._expects_all_weights and not self.restored:
             self.loaded.check_complete()
         device = torch.device(self.moe_config.device)
-        for name in self._declared:
-            delattr(self, name)
         store, self.store = self.store, None
+        for name in self._declared:
+            parameter = getattr(self, name)
+            place = getattr(parameter, "expert_field", None)
+            if place is not None and parameter.data_ptr() != store.field(place).data_ptr():
+                raise ExpertCacheError(
+                    f"{self.layer_name}: something else moved {name} while it was loaded, so the expert cache has not "
+                    "what the checkpoint holds; remove other offloading (--offload-params, --cpu-offload-params)"
+                )
+            delattr(self, name)
         records = None if self.restored else self._loading.records
         keep = None if records is None else partial(records.keep, self._record_key)
         prepare = borrow("maybe_make_prepare_finalize")(
@@ -212,7 +219,9 @@ class OffloadedLayer:
             if keep is not None:
                 keep(store)
             staging = self._staging_bank(store, device)
-            self.expert_cache = HostExpertCache(store, self.options.slots, staging, self._backend, device)
+            self.expert_cache = HostExpertCache(
+                store, self.options.slots, staging, self._backend, device, self.moe_config.num_experts
+            )
             experts = HostCachedExperts(self.moe_config, quant_config, self.layer_name)
         return borrow("FusedMoEKernel")(prepare, experts)
 

@@ -64,6 +64,7 @@ class DeviceSlotTable(SlotState):
         max_tokens: int,
         top_k: int,
         device: torch.device | str,
+        global_experts: int | None = None,
     ) -> None:
         """Make an empty table.
 
@@ -74,6 +75,7 @@ class DeviceSlotTable(SlotState):
             max_tokens: rows of the largest step.
             top_k: experts of a token, k, up to ``MAX_TOP_K``.
             device: where the tensors lie.
+            global_experts: experts of the layer on all ranks; None if they are all on this one.
 
         Raises:
             ValueError: a size is out of its range.
@@ -95,7 +97,7 @@ class DeviceSlotTable(SlotState):
         self.max_tokens = max_tokens
         self.top_k = top_k
         self.slot_by_age = int32(num_slots)
-        super().__init__(num_experts, num_slots, staging_rows, device)
+        super().__init__(num_experts, num_slots, staging_rows, device, global_experts)
         self.num_waves = 1 + triton.cdiv(num_experts - num_slots, staging_rows)
         self.ids = int32(max_tokens, top_k)
         self.load_experts, self.load_slots, self.load_count = int32(num_slots), int32(num_slots), int32(1)
@@ -181,6 +183,7 @@ def plan(
         table.prefetch_count,
         table.staged_skip,
         E=table.num_experts,
+        GLOBAL_E=table.global_experts,
         N=table.num_slots,
         K=table.top_k,
         STAGING_ROWS=table.staging_rows,

@@ -121,7 +121,7 @@ def replay(trace: Trace, slots: Sequence[int]) -> list[Replay]:
 
 
 def _replay_layer(layer: TraceLayer, steps: Sequence[torch.Tensor], slots: int) -> LayerReplay:
-    table = SlotTable(layer.experts, slots, staging_rows=layer.experts - slots)
+    table = SlotTable(layer.experts, slots, layer.experts - slots, global_experts=layer.everywhere)
     needed = [torch.unique(ids[ids >= 0]).tolist() for ids in steps]
     best = optimal_hits(needed, slots)
     every, decode = Tally(), Tally()
@@ -133,7 +133,7 @@ def _replay_layer(layer: TraceLayer, steps: Sequence[torch.Tensor], slots: int) 
             (len(experts) - most) * layer.record_bytes,
         )  # fmt: skip
         every.add(step)
-        if not is_prompt(ids.numel(), layer.experts):
+        if not is_prompt(ids.numel(), layer.everywhere):
             decode.add(step)
     counts = table.counts()
     return LayerReplay(layer.name, {name: counts[name] for name in COMPARED}, every, decode)
@@ -158,7 +158,7 @@ def tokens_of(trace: Trace) -> tuple[int, int]:
     for ids in trace.steps_of(0):
         tokens = int((ids >= 0).any(1).sum())
         every += tokens
-        decode += tokens * (not is_prompt(ids.numel(), first.experts))
+        decode += tokens * (not is_prompt(ids.numel(), first.everywhere))
     return every, decode
 
 
@@ -184,7 +184,7 @@ def report(trace: Trace, replays: Sequence[Replay], link: float | None, step_sec
         step_seconds: of a decode step with every expert resident.
     """
     tokens, decode_tokens = tokens_of(trace)
-    decode_steps = sum(not is_prompt(ids.numel(), trace.header.layers[0].experts) for ids in trace.steps_of(0))
+    decode_steps = sum(not is_prompt(ids.numel(), trace.header.layers[0].everywhere) for ids in trace.steps_of(0))
 
     def per_second(transferred: int) -> float | None:
         if link is None or not decode_tokens:

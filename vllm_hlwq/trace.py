@@ -45,7 +45,15 @@ Array = npt.NDArray[Any]
 
 
 class TraceLayer(BaseModel):
-    """A layer of a trace: its name in vLLM, experts on this rank, experts of a token, bytes of an expert."""
+    """A layer of a trace.
+
+    Attributes:
+        name: in vLLM.
+        experts: on the rank that was recorded.
+        top_k: experts of a token.
+        record_bytes: bytes of an expert.
+        global_experts: on all ranks; None if that is as many.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,6 +61,12 @@ class TraceLayer(BaseModel):
     experts: int
     top_k: int
     record_bytes: int
+    global_experts: int | None = None
+
+    @property
+    def everywhere(self) -> int:
+        """Experts on all ranks."""
+        return self.global_experts or self.experts
 
 
 class Header(BaseModel):
@@ -148,7 +162,7 @@ class Trace:
                 header = Header.model_validate_json((file.metadata() or {})["trace"])
                 arrays = [file.get_tensor(name) for name in ("step", "layer", "tokens", "expert_ids")]
         except FileNotFoundError:
-            raise TraceError(f"{path}: no such file") from None
+            raise TraceError(f"{path}: no such file; give one that --moe-expert-trace recorded") from None
         except (KeyError, SafetensorError) as error:
             raise TraceError(f"{path}: not a trace of expert routing ({_one_line(error)}); record one with "
                              "--moe-expert-trace") from None  # fmt: skip

@@ -146,7 +146,13 @@ def make_recorder(layers: Sequence[Any], vllm_config: Any, rank: int, file: str)
         return None
     caches = [layer.expert_cache for layer in layers]
     traced = tuple(
-        TraceLayer(name=layer.layer_name, experts=cache.num_experts, top_k=layer.top_k, record_bytes=cache.record_bytes)
+        TraceLayer(
+            name=layer.layer_name,
+            experts=cache.num_experts,
+            top_k=layer.top_k,
+            record_bytes=cache.record_bytes,
+            global_experts=None if cache.global_experts == cache.num_experts else cache.global_experts,
+        )
         for layer, cache in zip(layers, caches, strict=True)
     )
     header = Header(

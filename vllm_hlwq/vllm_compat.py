@@ -57,6 +57,9 @@ BORROWED: dict[str, Borrowed] = {
     "VLLM_MOE_SKIP_PADDING": Borrowed(
         "vllm.envs", "VLLM_MOE_SKIP_PADDING", "tells whether vLLM keeps its mask of padding rows up to date"
     ),
+    "VLLM_BATCH_INVARIANT": Borrowed(
+        "vllm.envs", "VLLM_BATCH_INVARIANT", "tells whether only kernels may run whose sums no batch changes"
+    ),
     "get_current_vllm_config": Borrowed(
         "vllm.config", "get_current_vllm_config", "the engine's configuration while a layer is built"
     ),
