@@ -81,6 +81,18 @@ def test_what_drafts_for_a_coded_model_is_read_as_it_is(pair: tuple[Path, Path],
     assert all(torch.equal(read[name], stored[name]) for name in stored)
 
 
+def test_a_coded_draft_that_does_not_say_so_is_decoded(
+    pair: tuple[Path, Path], dense_bf16: Path, tmp_path: Path
+) -> None:
+    quantize(dense_bf16, tmp_path / "coded")
+    draft = copy_with(tmp_path / "coded", tmp_path / "unnamed", lambda config: config.pop("quantization_config"))
+    drafting = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    config = engine_config(pair[0], CACHE_SIZE, speculative_config=drafting)
+    loader = HlwqLoader(config.load_config)
+    read = dict(loader.get_all_weights(config.speculative_config.draft_model_config, torch.nn.Module()))
+    assert read.keys() == load_file(dense_bf16 / "model.safetensors").keys()
+
+
 def test_the_log_gives_the_seconds_of_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loaders = []
     load = HlwqLoader.load_weights

@@ -240,6 +240,9 @@ def test_what_cannot_be_planned_is_refused(dense_bf16: Path, layout_models: dict
     assert fails("plan", SHIPPED, "--link", "6GB/s") == (
         "--link 6GB/s: of the GPU of --vram, which is not given; add --vram 12GiB, say"
     )
+    assert fails("plan", SHIPPED, "--ram", "6GiB") == (
+        "--ram 6GiB: judged for the GPU of --vram, which is not given; add --vram 12GiB, say"
+    )
     other = without_weights(layout_models["qwen3_moe"], tmp_path / "fp8")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))

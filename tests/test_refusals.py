@@ -24,6 +24,8 @@ from vllm_hlwq.bench.server import ENVIRONMENT, VLLM
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checks import check_engine_config
 from vllm_hlwq.errors import ExpertCacheError
+from vllm_hlwq.expert_formats import SIXTEEN_BIT
+from vllm_hlwq.marlin_moe import device_obstacle
 from vllm_hlwq.options import ExpertCacheOptions
 
 
@@ -77,8 +79,16 @@ def test_prefetching_that_would_take_experts(qwen3_moe_bf16: Path, names: set[st
     assert "--offload-group-size 2 would take experts" in message
 
 
-def test_offloading_of_other_weights_is_allowed(qwen3_moe_bf16: Path) -> None:
-    engine_config(qwen3_moe_bf16, 4, cpu_offload_gb=1, cpu_offload_params={"self_attn"})
+@pytest.mark.parametrize("name", ["self_attn", "w2"])
+def test_offloading_of_other_weights_is_allowed(qwen3_moe_bf16: Path, name: str) -> None:
+    engine_config(qwen3_moe_bf16, 4, cpu_offload_gb=1, cpu_offload_params={name})
+
+
+def test_sums_that_no_batch_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    message = device_obstacle(SIXTEEN_BIT, None)
+    assert message is not None
+    assert message.startswith("VLLM_BATCH_INVARIANT=1 asks for")
 
 
 @pytest.mark.parametrize(
@@ -111,19 +121,21 @@ def test_a_moe_backend_for_drafts(qwen3_moe_bf16: Path) -> None:
 # While the model is built or loaded.
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen3_moe_bf16", "gpt_oss_bf16"])
 def test_experts_that_something_else_moved_while_they_were_loaded(
-    qwen3_moe_bf16: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's prefetch offloading by the name of the block around the experts, whose name could be any."""
     load = DefaultModelLoader.load_weights
 
     def offloaded(self: DefaultModelLoader, model: torch.nn.Module, model_config: object) -> None:
-        _CpuParamOffloader(model, "model.layers.1.mlp.experts.routed_experts.w2_weight")
+        name = next(name for name, _ in model.named_parameters() if name.endswith("routed_experts.w2_weight"))
+        _CpuParamOffloader(model, name)
         load(self, model, model_config)
 
     monkeypatch.setattr(DefaultModelLoader, "load_weights", offloaded)
-    message = refusal(lambda: LoadedModel(qwen3_moe_bf16, 4))
-    assert message.startswith("model.layers.1.mlp.experts: something else moved w2_weight")
+    message = refusal(lambda: LoadedModel(request.getfixturevalue(checkpoint), 4))
+    assert message.startswith("model.layers.0.mlp.experts: something else moved w2_weight")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from .vllm_compat import borrow
 
 STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 EXPERT_NAME_SEGMENTS = frozenset({"experts", "routed_experts"})
-EXPERT_WEIGHT = re.compile(r"w13|w2")
+EXPERT_WEIGHT = re.compile(r"w(13|2)_")
 """How the names of vLLM's parameters of experts begin."""
 
 

@@ -51,7 +51,7 @@ def loader_options() -> dict[str, Any]:
 @contextmanager
 def configuring(engine_args: Any) -> Iterator[None]:
     """While vLLM makes its configuration: checkpoints that do not say what they are do, and options are at hand."""
-    if engine_args.quantization is None and _is_unnamed_hlwq(engine_args.model):
+    if engine_args.quantization is None and is_unnamed_hlwq(engine_args.model):
         engine_args.quantization = QUANT_METHODS[0]
     extra = engine_args.model_loader_extra_config
     token = _options.set(dict(extra) if isinstance(extra, dict) else {})
@@ -61,7 +61,7 @@ def configuring(engine_args: Any) -> Iterator[None]:
         _options.reset(token)
 
 
-def _is_unnamed_hlwq(model: str) -> bool:
+def is_unnamed_hlwq(model: str) -> bool:
     """Whether a folder holds HLWQ codes though its config.json names no quantisation, as the oldest files do."""
     from .checkpoint.reader import is_hlwq
     from .checkpoint.tensor_folder import TensorFolder

@@ -26,7 +26,7 @@ from .codec import CodebookName
 from .codec.chunks import on_cpus
 from .errors import CheckpointError
 from .expert_loading import current_loading
-from .hlwq_engine import QUANT_METHODS, loader_options
+from .hlwq_engine import QUANT_METHODS, is_unnamed_hlwq, loader_options
 from .vllm_compat import borrow
 
 LOAD_FORMAT = "hlwq"
@@ -109,7 +109,7 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
         """All tensors by their names in the checkpoint, decoded where the model computes."""
         # vLLM starts this clock where it opens files; else its log gives the machine's uptime as seconds of loading.
         self.counter_before_loading_weights = time.perf_counter()
-        if model_config.quantization not in QUANT_METHODS:
+        if model_config.quantization not in QUANT_METHODS and not is_unnamed_hlwq(model_config.model):
             yield from self.stock.get_all_weights(model_config, model)
             return
         folder = local_folder(model_config.model, model_config.revision)

@@ -32,12 +32,12 @@ def device_obstacle(expert_format: ExpertFormat, moe_config: Any) -> str | None:
         expert_format: of the layer's experts.
         moe_config: vLLM's configuration of the layer, with sizes as the kernels need them.
     """
+    if borrow("VLLM_BATCH_INVARIANT"):
+        return "VLLM_BATCH_INVARIANT=1 asks for sums that no batch changes, which Marlin does not have; unset it"
     platform = borrow("current_platform")
     if not platform.has_device_capability(OLDEST_CAPABILITY):
         have = platform.get_device_capability()
         return f"{platform.get_device_name()} has compute capability {have}, they need 7.5 (Turing) or newer"
-    if borrow("VLLM_BATCH_INVARIANT"):
-        return "VLLM_BATCH_INVARIANT=1 asks for sums that no batch changes, which Marlin does not have; unset it"
     if borrow("get_marlin_input_dtype")() is not None:
         return "VLLM_MARLIN_INPUT_DTYPE asks for 8-bit activations, whose scales depend on the whole layer; unset it"
     width = moe_config.intermediate_size_per_partition

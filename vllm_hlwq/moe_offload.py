@@ -187,19 +187,13 @@ class OffloadedLayer:
             vLLM's kernel frame around ``CachedExperts``.
         """
         assert self.store is not None
+        self._check_places(self.store)
         if self._expects_all_weights and not self.restored:
             self.loaded.check_complete()
         device = torch.device(self.moe_config.device)
-        store, self.store = self.store, None
         for name in self._declared:
-            parameter = getattr(self, name)
-            place = getattr(parameter, "expert_field", None)
-            if place is not None and parameter.data_ptr() != store.field(place).data_ptr():
-                raise ExpertCacheError(
-                    f"{self.layer_name}: something else moved {name} while it was loaded, so the expert cache has not "
-                    "what the checkpoint holds; remove other offloading (--offload-params, --cpu-offload-params)"
-                )
             delattr(self, name)
+        store, self.store = self.store, None
         records = None if self.restored else self._loading.records
         keep = None if records is None else partial(records.keep, self._record_key)
         prepare = borrow("maybe_make_prepare_finalize")(
@@ -224,6 +218,17 @@ class OffloadedLayer:
             )
             experts = HostCachedExperts(self.moe_config, quant_config, self.layer_name)
         return borrow("FusedMoEKernel")(prepare, experts)
+
+    def _check_places(self, store: HostStore) -> None:
+        """Refuse what was not loaded into the store, because something gave a parameter another place."""
+        for name in self._declared:
+            parameter = getattr(self, name)
+            field = getattr(parameter, "expert_field", None)
+            if field is not None and parameter.data_ptr() != store.field(field).data_ptr():
+                raise ExpertCacheError(
+                    f"{self.layer_name}: something else moved {name} while it was loaded, so the expert cache has not "
+                    "what the checkpoint holds; remove other offloading (--offload-params, --cpu-offload-params)"
+                )
 
     def _staging_bank(self, store: HostStore, device: torch.device) -> WeightBank | None:
         """The staging bank of this engine's layers of the same shape, made by the first of them."""

@@ -31,7 +31,9 @@ def plan_command(
         ),
     ],
     vram: Annotated[str | None, typer.Option(help="Nominal memory of a GPU, like 24GiB.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Memory of the host, like 64GiB; not judged without it.")] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Memory of the host, like 64GiB, judged for the GPU of --vram.")
+    ] = None,
     link: Annotated[
         str | None, typer.Option(help=f"Rate from host to the GPU of --vram; {LINK} by default.", show_default=False)
     ] = None,
@@ -68,6 +70,8 @@ def plan_command(
 
     if link is not None and vram is None:
         raise CheckpointError(f"--link {link}: of the GPU of --vram, which is not given; add --vram 12GiB, say")
+    if ram is not None and vram is None:
+        raise CheckpointError(f"--ram {ram}: judged for the GPU of --vram, which is not given; add --vram 12GiB, say")
     rate = parse_rate(link or LINK, "--link")
     gpu = None if vram is None else Gpu("--vram", parse_bytes(vram, "--vram"), rate, "--link")
     settings = Settings(
