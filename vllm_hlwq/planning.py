@@ -26,7 +26,7 @@ OVERLAPPING_STEPS = 2
 SYSTEM_BYTES = 6 * 2**30
 """Of host memory, for vLLM's processes and the system beside the experts."""
 ASSUMED_HITS = tuple(hits for _, hits in reversed(HIT_RATES[1:-1]))
-"""Of 1000; seen with 50, 25 and 12.5 % of Gemma-4-26B-A4B's experts resident."""
+"""Of 1000; what others report with 50, 25 and 12.5 % of Gemma-4-26B-A4B's experts resident."""
 LOWER = "lower --max-num-seqs, --max-num-batched-tokens, --context or --kv-floor-seqs"
 
 
@@ -58,6 +58,7 @@ class Settings:
 
 
 def mebibytes(size: int) -> str:
+    """Bytes as messages give them."""
     return f"{size / 2**20:,.0f} MiB"
 
 
