@@ -120,6 +120,29 @@ def test_torch_keeps_its_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_an_interrupt_between_two_threads_starts_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waited for the others for good would be waited for in its turn when the process ends."""
+    start, started, before = threading.Thread.start, [], torch.get_num_threads()
+
+    def interrupted(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(thread)
+        start(thread)
+
+    threads = 7  # a number that no other test has made
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for_ranges(lambda first, last: last - first, threads, 1, threads)
+    assert len(started) == 2
+    for thread in started:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == before
+    assert for_ranges(lambda first, last: last - first, threads, 1, threads) == [1] * threads
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_a_caller_bound_to_one_cpu_codes_on_those_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in vLLM's CPU worker: bound, told to use one thread, and without ``torch.set_num_threads``."""

@@ -68,8 +68,14 @@ def _pool(threads: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
     """
     before = torch.get_num_threads()
     pool, present = ThreadPoolExecutor(threads, "codec", _single_threaded), Barrier(threads)
-    list(pool.map(lambda _: present.wait(), range(threads)))
-    _set_num_threads(before)
+    try:
+        list(pool.map(lambda _: present.wait(), range(threads)))
+    except BaseException:  # an interrupt between two starts: who waits for the rest would keep the process from ending
+        present.abort()
+        pool.shutdown(wait=False)
+        raise
+    finally:
+        _set_num_threads(before)
     return pool
 
 
