@@ -85,6 +85,11 @@ def test_a_model_that_is_not_coded(hlwq_base: Path) -> None:
         HlwqSource(hlwq_base)
 
 
+def test_a_trace_of_routing_is_no_model() -> None:
+    trace = Path(__file__).parent.parent / "examples/tiny_moe/trace.safetensors"
+    refused(trace, str(trace), "a trace of routing, which `hlwq simulate` reads")
+
+
 def test_a_missing_shard(copy: Path) -> None:
     file = shard_of(copy, f"{O_PROJ}__packed")
     file.unlink()

@@ -169,6 +169,10 @@ class TensorFolder:
             raise self._pickle(file) or CheckpointError(str(error)) from None
         self._check_header(file)
         opened = self._opened(file)
+        if "trace" in (opened.metadata() or {}):
+            raise CheckpointError(
+                f"{file}: a trace of routing, which `hlwq simulate` reads; give the folder of a model"
+            )
         for name in opened.keys():  # noqa: SIM118 - safe_open's handle is no mapping
             view = opened.get_slice(name)
             dtype = DTYPES.get(view.get_dtype())
