@@ -93,6 +93,22 @@ def test_a_coded_draft_that_does_not_say_so_is_decoded(
     assert read.keys() == load_file(dense_bf16 / "model.safetensors").keys()
 
 
+def test_a_coded_draft_with_experts_that_does_not_say_so_is_decoded_to_16_bit(
+    pair: tuple[Path, Path], qwen3_moe_bf16: Path, tmp_path: Path
+) -> None:
+    """vLLM has made a model without quantisation for it."""
+    quantize(qwen3_moe_bf16, tmp_path / "coded")
+    dequantize(HlwqSource(tmp_path / "coded"), tmp_path / "bf16")
+    draft = copy_with(tmp_path / "coded", tmp_path / "unnamed", lambda config: config.pop("quantization_config"))
+    drafting = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    config = engine_config(pair[0], CACHE_SIZE, speculative_config=drafting)
+    loader = HlwqLoader(config.load_config)
+    read = dict(loader.get_all_weights(config.speculative_config.draft_model_config, torch.nn.Module()))
+    wanted = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[name], wanted[name]) for name in wanted)
+
+
 def test_the_log_gives_the_seconds_of_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loaders = []
     load = HlwqLoader.load_weights

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 WIDE = {"stamp_of_slot", "clock", "counters"}
 NUMBERS = {
-    "num_tokens", "row_stride", "column_stride", "masked_rows", "map_size", "pairs", "block_size", "num_blocks",
-    "num_places", "blocks_stride", "places_stride", "padded_stride",
+    "num_tokens", "row_stride", "column_stride", "masked_rows", "map_size", "global_experts", "pairs", "block_size",
+    "num_blocks", "num_places", "blocks_stride", "places_stride", "padded_stride",
 }  # fmt: skip
 POWER_OF_TWO = triton.next_power_of_2
 
@@ -56,7 +56,7 @@ def test_the_planner(capability: int, experts: int, slots: int, top_k: int, rows
     shared = {"E": experts, "N": slots, "STAGING_ROWS": rows, "BLOCK_E": POWER_OF_TWO(experts)}
     waves = 1 + -(-(experts - slots) // rows)
     blocks = {"FIRST_BLOCK": plan_kernel._FIRST_BLOCK, "LONG_BLOCK": plan_kernel._LONG_BLOCK}
-    plan = {**shared, **blocks, "GLOBAL_E": 2 * experts, "K": top_k, "WAVES": waves, "BLOCK_N": POWER_OF_TWO(slots)}
+    plan = {**shared, **blocks, "K": top_k, "WAVES": waves, "BLOCK_N": POWER_OF_TWO(slots)}
     for wide, prefetched in ((True, False), (False, True)):
         ptx = compiled(plan_code, capability, plan_kernel._NUM_WARPS, wide, **plan, PREFETCHED=prefetched)
         # First uses are found with atomics, and threads wait for each other's.

@@ -1,8 +1,11 @@
 """The device planner refuses what its kernels cannot index; ``interpreted/test_plan_kernel.py`` runs them."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from vllm_hlwq import plan_triton
 from vllm_hlwq.plan_kernel import DeviceSlotTable, plan
 
 
@@ -48,3 +51,27 @@ def test_wrong_steps_are_refused(arguments: tuple[torch.Tensor, ...], message: s
     table = DeviceSlotTable(16, 4, 12, max_tokens=8, top_k=2, device="cpu")
     with pytest.raises(ValueError, match=message):
         plan(table, *arguments)
+
+
+def test_no_step_and_no_rank_asks_for_a_compilation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants are those of the table's shape, and Triton does not look at the other numbers' values."""
+    launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *arguments, **constants: launches.append((arguments, constants))
+
+    kernel = plan_triton.plan_kernel
+    monkeypatch.setattr("vllm_hlwq.plan_kernel.plan_kernel", Recorder())
+    expert_map = torch.arange(154).int() - 77
+    for table, steps in (
+        (DeviceSlotTable(77, 13, 64, 64, 6, "cpu"), [(int32(1, 6),), (int32(64, 6), torch.zeros(64).bool())]),
+        (DeviceSlotTable(77, 13, 64, 64, 6, "cpu", 154), [(int32(16, 6), None, expert_map), (int32(0, 6), None, None)]),
+    ):
+        for step in steps:
+            plan(table, *step)
+    assert len({tuple(constants.items()) for _, constants in launches}) == 1
+    values = zip(*(arguments for arguments, _ in launches), strict=True)
+    numbers = {param.name for param, each in zip(kernel.params, values, strict=False) if isinstance(each[0], int)}
+    assert numbers == {"num_tokens", "row_stride", "column_stride", "masked_rows", "map_size", "global_experts"}
+    assert numbers <= {param.name for param in kernel.params if param.do_not_specialize}

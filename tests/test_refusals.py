@@ -85,7 +85,8 @@ def test_offloading_of_other_weights_is_allowed(qwen3_moe_bf16: Path, name: str)
 
 
 def test_sums_that_no_batch_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    # vLLM reads it once; set in the environment it would stay for the tests that follow.
+    monkeypatch.setattr("vllm_hlwq.marlin_moe.borrow", {"VLLM_BATCH_INVARIANT": True}.__getitem__)
     message = device_obstacle(SIXTEEN_BIT, None)
     assert message is not None
     assert message.startswith("VLLM_BATCH_INVARIANT=1 asks for")
@@ -121,17 +122,53 @@ def test_a_moe_backend_for_drafts(qwen3_moe_bf16: Path) -> None:
 # While the model is built or loaded.
 
 
-@pytest.mark.parametrize("checkpoint", ["qwen3_moe_bf16", "gpt_oss_bf16"])
-def test_experts_that_something_else_moved_while_they_were_loaded(
-    request: pytest.FixtureRequest, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ({"cpu_offload_gb": 1, "cpu_offload_params": {"self_attn", "mlp"}}, "--cpu-offload-params mlp"),
+        ({"offload_group_size": 2, "offload_params": {"mlp"}}, "--offload-params mlp"),
+    ],
+)
+def test_offloading_of_the_block_around_the_experts(
+    qwen3_moe_bf16: Path, arguments: dict[str, Any], option: str
 ) -> None:
-    """vLLM's prefetch offloading by the name of the block around the experts, whose name could be any."""
+    """The block's name is the model's, so it is known only once that is built; vLLM copies it right afterwards."""
+    message = refusal(lambda: LoadedModel(qwen3_moe_bf16, 4, **arguments))
+    assert message.startswith(f"{option} would take the experts of model.layers.0.mlp.experts, which")
+
+
+def test_offloading_of_a_block_beside_the_experts(qwen3_moe_bf16: Path) -> None:
+    """Prefetching is not on, so what it would take does not count."""
+    LoadedModel(qwen3_moe_bf16, 4, cpu_offload_gb=1, cpu_offload_params={"self_attn"}, offload_params={"mlp"})
+
+
+def prefetch_offloaded(model: torch.nn.Module, name: str) -> None:
+    _CpuParamOffloader(model, name)
+
+
+def replaced(model: torch.nn.Module, name: str) -> None:
+    layer = model.get_submodule(name.rpartition(".")[0])
+    layer.w2_weight = torch.nn.Parameter(layer.w2_weight.data.clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_moe_bf16", "gpt_oss_bf16"])
+@pytest.mark.parametrize(("move", "before_loading"), [(prefetch_offloaded, True), (replaced, False)])
+def test_experts_that_something_else_moved_while_they_were_loaded(
+    request: pytest.FixtureRequest,
+    checkpoint: str,
+    move: Callable[[torch.nn.Module, str], None],
+    before_loading: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     load = DefaultModelLoader.load_weights
 
     def offloaded(self: DefaultModelLoader, model: torch.nn.Module, model_config: object) -> None:
         name = next(name for name, _ in model.named_parameters() if name.endswith("routed_experts.w2_weight"))
-        _CpuParamOffloader(model, name)
+        if before_loading:
+            move(model, name)
         load(self, model, model_config)
+        if not before_loading:
+            move(model, name)
 
     monkeypatch.setattr(DefaultModelLoader, "load_weights", offloaded)
     message = refusal(lambda: LoadedModel(request.getfixturevalue(checkpoint), 4))

@@ -115,7 +115,7 @@ def _refusals(vllm_config: Any) -> list[str]:
 
 def _offload_refusals(offload: Any) -> list[str]:
     def takes_experts(names: set[str]) -> bool:
-        """Blocks around experts, like ``mlp``, are named differently by models: ``finish_loading`` finds those."""
+        """Blocks around experts, like ``mlp``, are named differently by models: each layer looks for its own."""
         segments = {segment for name in names for segment in name.split(".")}
         return not names or bool(EXPERT_NAME_SEGMENTS & segments) or any(map(EXPERT_WEIGHT.match, segments))
 

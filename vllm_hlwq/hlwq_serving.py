@@ -109,16 +109,19 @@ class HlwqLoader(borrow("DefaultModelLoader")):  # type: ignore[misc]
         """All tensors by their names in the checkpoint, decoded where the model computes."""
         # vLLM starts this clock where it opens files; else its log gives the machine's uptime as seconds of loading.
         self.counter_before_loading_weights = time.perf_counter()
-        if model_config.quantization not in QUANT_METHODS and not is_unnamed_hlwq(model_config.model):
+        named = model_config.quantization in QUANT_METHODS
+        if not named and not is_unnamed_hlwq(model_config.model):
             yield from self.stock.get_all_weights(model_config, model)
             return
         folder = local_folder(model_config.model, model_config.revision)
         device = torch.device("cuda" if borrow("current_platform").is_cuda() else "cpu")
         with on_cpus(() if device.type == "cuda" else cpus_of_the_server()):
-            yield from with_torch_defaults(self._tensors(folder, device))
+            yield from with_torch_defaults(self._tensors(folder, device, named))
 
-    def _tensors(self, folder: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(self, folder: Path, device: torch.device, named: bool) -> Iterator[tuple[str, torch.Tensor]]:
         export = open_export(folder, self.options, device)
+        if not named and isinstance(export, Int4Export):  # vLLM has made a model without quantisation
+            export = SixteenBitExport(HlwqSource(folder, None, None, device))
         skip_experts = current_loading().all_restored
         total = sum(group.bytes for group in export.groups)
         bar = tqdm(total=total, desc="decoding HLWQ", unit="B", unit_scale=True, disable=None, dynamic_ncols=True)

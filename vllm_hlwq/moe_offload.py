@@ -57,6 +57,7 @@ class OffloadedLayer:
         self._engine_layers = vllm_config.compilation_config.static_forward_context
         self._expects_all_weights = vllm_config.load_config.load_format != "dummy"
         self._check_shape(prefix, moe_config)
+        self._check_offloading(prefix, vllm_config.offload_config)
         scheduler = vllm_config.scheduler_config
         self._max_tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         return make_quant_method(self, quant_config, prefix)
@@ -75,6 +76,19 @@ class OffloadedLayer:
                 f"{config_key('cache_size')}={self.options.slots}: {prefix} has only "
                 f"{moe_config.num_local_experts} experts on this rank; give a number from 1 to that"
             )
+
+    def _check_offloading(self, prefix: str, offload: Any) -> None:
+        """Refuse vLLM's offloading by the name of a block around these experts, before it copies them."""
+        for option, taken in (
+            ("--cpu-offload-params", offload.uva.cpu_offload_params if offload.uva.cpu_offload_gb else ()),
+            ("--offload-params", offload.prefetch.offload_params if offload.prefetch.offload_group_size else ()),
+        ):
+            names = [name for name in taken if f".{name}." in f".{prefix}.routed_experts."]
+            if names:
+                raise ExpertCacheError(
+                    f"{option} {names[0]} would take the experts of {prefix}, which the expert cache already keeps on "
+                    "the host: name other weights"
+                )
 
     def adopt_parameters(self, num_experts: int, expert_format: ExpertFormat, stored: Shapes) -> None:
         """Replace the declared (memory-less) parameters by views into a new host store.
@@ -221,10 +235,8 @@ class OffloadedLayer:
 
     def _check_places(self, store: HostStore) -> None:
         """Refuse what was not loaded into the store, because something gave a parameter another place."""
-        for name in self._declared:
-            parameter = getattr(self, name)
-            field = getattr(parameter, "expert_field", None)
-            if field is not None and parameter.data_ptr() != store.field(field).data_ptr():
+        for name in () if self.restored else store.layout:
+            if getattr(self, name).data_ptr() != store.field(name).data_ptr():
                 raise ExpertCacheError(
                     f"{self.layer_name}: something else moved {name} while it was loaded, so the expert cache has not "
                     "what the checkpoint holds; remove other offloading (--offload-params, --cpu-offload-params)"

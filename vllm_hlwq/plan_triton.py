@@ -62,16 +62,16 @@ def _rank_misses(ids, first_use, slot_of_expert, rank_of_miss, end, start, ranke
     # Warm-up sees one batch shape and captured graphs others: no value or alignment may ask for another compilation.
     do_not_specialize=[
         "topk_ids", "is_padding", "expert_map", "num_tokens", "row_stride", "column_stride", "masked_rows", "map_size",
+        "global_experts",
     ],
     do_not_specialize_on_alignment=["topk_ids", "is_padding", "expert_map"],
 )  # fmt: skip
 def plan_kernel(
     topk_ids, is_padding, expert_map, num_tokens, row_stride, column_stride, masked_rows, map_size,
-    slot_of_expert, expert_of_slot, stamp_of_slot, slot_by_age, clock, counters,
+    global_experts, slot_of_expert, expert_of_slot, stamp_of_slot, slot_by_age, clock, counters,
     ids, load_experts, load_slots, load_count, staged_experts, staged_count, wave_rows,
     first_use, rank_of_miss, prefetch_count, staged_skip,
-    E: tl.constexpr, GLOBAL_E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGING_ROWS: tl.constexpr,
-    WAVES: tl.constexpr,
+    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGING_ROWS: tl.constexpr, WAVES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, FIRST_BLOCK: tl.constexpr, LONG_BLOCK: tl.constexpr,
     PREFETCHED: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def plan_kernel(
     num_needed = tl.sum(needed.to(tl.int32), 0)
     num_missing = tl.sum(missing.to(tl.int32), 0)
     num_hits = num_needed - num_missing
-    streaming = (num_needed > N) & (end >= _MENTIONS_OF_A_PROMPT * GLOBAL_E)
+    streaming = (num_needed > N) & (end >= _MENTIONS_OF_A_PROMPT * global_experts)
     # What scalars tell is not summed again: a reduction costs as much as all of a thread's arithmetic here.
     admitted = tl.minimum(num_missing, tl.where(streaming, num_empty, N - num_hits))
     staged_total = num_missing - admitted
