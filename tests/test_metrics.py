@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from vllm_hlwq import metrics_publisher
 from vllm_hlwq.counter_block import CounterBlock
 from vllm_hlwq.expert_cache import COUNTERS, SlotTable
 from vllm_hlwq.metrics import (
@@ -30,8 +34,8 @@ from vllm_hlwq.metrics import (
     Rank,
     metric_values,
 )
-from vllm_hlwq.metrics_files import MetricFiles
-from vllm_hlwq.metrics_publisher import MetricsPublisher
+from vllm_hlwq.metrics_files import FILE_BYTES, MetricFiles, create_folder
+from vllm_hlwq.metrics_publisher import MetricsPublisher, start_publisher
 
 ONE_RANK = Rank(counts_experts=True, replicas=1, engine_slots=8)
 
@@ -139,8 +143,72 @@ def test_the_folder_goes_with_the_process_that_made_it(tmp_path: Path, several_s
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     if several_servers:
-        environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path / "vllms")
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(tmp_path / "vllm-hlwq-x")]
+        environment["PROMETHEUS_MULTIPROC_DIR"] = "vllms"  # a relative path is one from where the server was started
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == [str(tmp_path / "vllm-hlwq-metrics-x")]
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert left == ({"vllms", "vllms/counter_a.db"} if several_servers else {"vllms"})
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living, killed = (
+        subprocess.Popen(
+            [
+                sys.executable, "-c",
+                "import sys, types\nfrom vllm_hlwq.metrics_files import create_folder\n"
+                "print(create_folder(types.SimpleNamespace(instance_id=sys.argv[1])), flush=True)\nsys.stdin.read()",
+                name,
+            ],
+            env={**os.environ, "TMPDIR": str(tmp_path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for name in ("living", "killed")
+    )  # fmt: skip
+    folders = [Path(process.stdout.readline().strip()) for process in (living, killed)]
+    (folders[1] / "counter_a.db").write_text("")
+    young, link, other = (tmp_path / f"vllm-hlwq-{name}" for name in ("metrics-young", "metrics-link", "setup-x"))
+    link.symlink_to(tmp_path / "absent")
+    other.mkdir()
+    old = time.time() - 3600
+    for path in (*folders, link, other):
+        os.utime(path, (old, old), follow_symlinks=False)
+    young.mkdir()
+    killed.kill()
+    killed.wait()
+    mine = create_folder(SimpleNamespace(instance_id="mine"))
+    assert set(tmp_path.iterdir()) == {folders[0], young, other, mine}
+    living.communicate("")
+    assert not folders[0].exists()
+
+
+def test_a_folder_without_room_costs_the_metrics_and_not_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte of a mapped file that the disk has no room for would end the process with SIGBUS."""
+    room = [FILE_BYTES]  # for one of the two files
+
+    def allocate(descriptor: int, offset: int, size: int) -> None:
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.truncate(descriptor, offset + size)
+        room.pop()
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr("vllm_hlwq.metrics_publisher.folder_of", lambda _: tmp_path)
+    warned: list[str] = []
+    monkeypatch.setattr(metrics_publisher.logger, "warning", lambda text, *values: warned.append(text % values))
+    table = SlotTable(8, 2, 2)
+    config = SimpleNamespace(
+        instance_id="x",
+        model_config=SimpleNamespace(served_model_name="m"),
+        parallel_config=SimpleNamespace(
+            enable_expert_parallel=False, tensor_parallel_size=1, world_size=1, data_parallel_index=0
+        ),
+    )
+    layers = [Layer("a", 2, 100, all_resident=False)]
+    assert start_publisher(config, 0, CounterBlock([table]), layers, per_layer=False) is None
+    (warning,) = warned
+    assert f"{tmp_path} could not be written (No space left on device)" in warning
+    assert list(tmp_path.iterdir()) == []  # an empty file would make /metrics fail

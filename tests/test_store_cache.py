@@ -21,7 +21,7 @@ import format_files
 import pytest
 import torch
 from checkpoints import NUM_EXPERTS, TOP_K
-from engines import LoadedModel
+from engines import LoadedModel, engine_config
 from marlin_operators import marlin_on_cpu
 from safetensors.torch import load_file, save_file
 
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_made_is_told(int4: Path, tmp_path: Path, log: l
 def test_a_file_in_the_folders_place_is_refused(int4: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExpertCacheError, match=r"^--moe-expert-store-cache .*file: is a file; give a folder"):
-        LoadedModel(int4, TOP_K, store_cache=tmp_path / "file")
+        engine_config(int4, TOP_K, store_cache=tmp_path / "file")
 
 
 def test_made_up_weights_are_not_kept(int4: Path, tmp_path: Path) -> None:

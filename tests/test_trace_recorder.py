@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import NUM_EXPERTS, TOP_K
-from engines import LoadedModel
+from engines import LoadedModel, engine_config
 from traces import equal
 
 from vllm_hlwq import trace_file
@@ -19,7 +20,7 @@ from vllm_hlwq.expert_cache import MENTIONS_OF_A_PROMPT
 from vllm_hlwq.plugin import configure
 from vllm_hlwq.simulate import COMPARED, replay
 from vllm_hlwq.trace import Trace
-from vllm_hlwq.trace_recorder import path_of_rank
+from vllm_hlwq.trace_recorder import check_trace_file, path_of_rank
 
 HIDDEN = 128
 PROMPT = 300
@@ -189,17 +190,88 @@ def test_a_file_that_cannot_be_written_is_told_and_stops_no_step(
     loaded, path = recording(TOP_K)
     run(loaded, 1, 0)
     path.mkdir()
+    with pytest.raises(ExpertCacheError, match=r"^--moe-expert-trace .* could not be written: File exists"):
+        loaded.worker.save_expert_trace()
     loaded.worker.trace_recorder.close()
     (error,) = errors
     assert f"{path} could not be written" in error
 
 
+def test_what_could_not_be_saved_is_saved_when_there_is_room(
+    recording: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the thread, without another step, and after the recording has ended."""
+    errors: list[str] = []
+    monkeypatch.setattr(trace_file.logger, "error", lambda text, *values: errors.append(text % values))
+    loaded, path = recording(TOP_K)
+    recorder = loaded.worker.trace_recorder
+    recorder._new_file.keywords["save_seconds"] = 0.01
+    recorder.start()
+    save = Trace.save
+
+    def full(trace: Trace, where: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trace, "save", full)
+    run(loaded, 1, 0)
+    deadline = time.monotonic() + 20
+    while not errors and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    (error,) = errors  # again and again, but told once
+    assert "could not be written: No space left on device" in error
+    assert list(path.parent.iterdir()) == []
+    monkeypatch.setattr(Trace, "save", save)
+    assert wait_for_steps(path, 1).num_steps == 1
+
+    recorder._max_bytes = 0
+    path.unlink()
+    recorder.start()
+    monkeypatch.setattr(Trace, "save", full)
+    run(loaded, 1, 1)
+    recorder._file.wait()
+    assert not path.exists()
+    monkeypatch.setattr(Trace, "save", save)
+    recorder.close()
+    assert Trace.load(path).header.state == "full"
+
+
+def test_what_came_under_its_name_meanwhile_is_left_alone(recording: Record) -> None:
+    """Another server's recording, which began later and was saved earlier."""
+    loaded, path = recording(TOP_K)
+    run(loaded, 1, 0)
+    path.write_text("precious")
+    with pytest.raises(ExpertCacheError, match=r"could not be written: File exists"):
+        loaded.worker.save_expert_trace()
+    loaded.worker.trace_recorder.close()
+    assert path.read_text() == "precious"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_trace_among_a_models_weights_is_refused(
+    qwen3_moe_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads every such file of the folder when it loads the model again."""
+    monkeypatch.chdir(qwen3_moe_bf16)
+    with pytest.raises(ExpertCacheError, match=r"^--moe-expert-trace t.safetensors: .* holds a model.*another folder$"):
+        LoadedModel(qwen3_moe_bf16, TOP_K, trace="t.safetensors")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, enable_expert_parallel=False),
+        model_config=SimpleNamespace(model=str(qwen3_moe_bf16), revision=None),
+        speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(model=str(tmp_path), revision=None)),
+    )
+    with pytest.raises(ExpertCacheError, match="holds a model"):
+        check_trace_file(str(tmp_path / "t.safetensors"), 0, config)
+    check_trace_file(str(tmp_path / "t.trace"), 0, config)
+
+
 def test_a_file_in_the_way_is_refused_before_loading(qwen3_moe_bf16: Path, tmp_path: Path) -> None:
     (tmp_path / "trace").write_text("precious")
+    """When the configuration is complete: nothing has been started yet whose tracebacks could hide it."""
     with pytest.raises(ExpertCacheError, match=r"^--moe-expert-trace .*trace exists; move it away"):
-        LoadedModel(qwen3_moe_bf16, TOP_K, trace=tmp_path / "trace")
+        engine_config(qwen3_moe_bf16, TOP_K, trace=tmp_path / "trace")
     with pytest.raises(ExpertCacheError, match=r"^--moe-expert-trace .*absent does not exist; make it first"):
-        LoadedModel(qwen3_moe_bf16, TOP_K, trace=tmp_path / "absent/trace")
+        engine_config(qwen3_moe_bf16, TOP_K, trace=tmp_path / "absent/trace")
     assert (tmp_path / "trace").read_text() == "precious"
 
 

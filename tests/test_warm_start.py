@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import NUM_EXPERTS, TOP_K
-from engines import LoadedModel
+from engines import LoadedModel, engine_config
 from random_experts import filled_store
 from safetensors.torch import load_file, save_file
 
@@ -198,7 +198,8 @@ def test_a_file_that_cannot_be_saved_is_told_once(start: Start, tmp_path: Path, 
     (tmp_path / "profile.json").mkdir()
     for experts in ([3, 9, 12, 1], [0, 2, 4, 6]):
         step(loaded, 0, experts)
-        loaded.worker.save_expert_profile()
+        with pytest.raises(ExpertCacheError, match=r"profile.json could not be saved: Is a directory; make room"):
+            loaded.worker.save_expert_profile()
     (line,) = [line for line in log if "could not be saved" in line]
     assert "profile.json" in line
     (tmp_path / "profile.json").rmdir()
@@ -264,11 +265,24 @@ def test_every_part_of_the_fingerprint_counts(tmp_path: Path, field: str) -> Non
     assert load_profile(tmp_path / "absent", model) is None
 
 
-def test_a_folder_that_is_not_there_is_refused(start: Start, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_refused(qwen3_moe_bf16: Path, tmp_path: Path) -> None:
+    """When the configuration is complete: nothing has been started yet whose tracebacks could hide it."""
     with pytest.raises(ExpertCacheError, match=r"^--moe-expert-profile .*absent does not exist; make it first"):
-        start(TOP_K, profile=tmp_path / "absent/profile")
+        engine_config(qwen3_moe_bf16, TOP_K, profile=tmp_path / "absent/profile")
     with pytest.raises(ExpertCacheError, match=r"^--moe-expert-profile .*cannot be read \(Is a directory\)"):
-        start(TOP_K, profile=tmp_path)
+        engine_config(qwen3_moe_bf16, TOP_K, profile=tmp_path)
+
+
+def test_a_link_stays_and_what_it_points_to_is_saved(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "profile.json").symlink_to("elsewhere/real.json")
+    loaded = start(TOP_K)
+    step(loaded, 0, [3, 9, 12, 1])
+    loaded.worker.save_expert_profile()
+    assert (tmp_path / "profile.json").is_symlink()
+    layers = json.loads((tmp_path / "elsewhere/real.json").read_text())["layers"]
+    assert set(layers[NAMES[0]]) == {3, 9, 12, 1}
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["real.json"]
 
 
 def test_without_a_cache_or_beside_a_trace_it_is_refused(qwen3_moe_bf16: Path, tmp_path: Path) -> None:

@@ -20,9 +20,12 @@ SUFFIX = ".tmp"
 def replacing(path: Path) -> Iterator[int]:
     """A file descriptor to write with, whose file takes the place of ``path`` when the block ends without an error.
 
+    Where ``path`` is a link, what it points to is replaced.
+
     Raises:
         OSError: the file cannot be written; ``path`` is as it was, and nothing is left beside it.
     """
+    path = Path(os.path.realpath(path))
     _remove_abandoned(path)
     temporary, descriptor = _locked_file(path)
     try:

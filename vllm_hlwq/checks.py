@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from multiprocessing import parent_process
 from typing import Any
 
 from .checkpoint_files import check_checkpoint_files
 from .errors import ExpertCacheError
 from .options import AUTO, ExpertCacheOptions, flag
+from .record_cache import check_folder
+from .trace_recorder import check_trace_file
 from .vllm_compat import borrow
+from .warm_start import WarmStart
 
 STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 EXPERT_NAME_SEGMENTS = frozenset({"experts", "routed_experts"})
@@ -41,6 +45,19 @@ def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
             "kept: remove one of them"
         )
     check_checkpoint_files(vllm_config.model_config.model)
+    _check_places_of_files(vllm_config, options)
+
+
+def _check_places_of_files(vllm_config: Any, options: ExpertCacheOptions) -> None:
+    """What the first worker would refuse too, but from among the tracebacks of the processes that end with it."""
+    if parent_process() is not None or vllm_config.parallel_config.node_rank:
+        return  # a part of a server that has been checked, and may record already; or another machine has the files
+    if options.trace is not None:
+        check_trace_file(options.trace, 0, vllm_config)
+    if options.store_cache is not None:
+        check_folder(options.store_cache)
+    if options.profile is not None:
+        WarmStart(options.profile, vllm_config, 0)
 
 
 def _check_model(model_config: Any, parallel_config: Any, options: ExpertCacheOptions) -> None:

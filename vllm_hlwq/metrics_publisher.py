@@ -18,6 +18,8 @@ PUBLISH_SECONDS = 0.5
 
 _STOP_SECONDS = 5
 
+logger = borrow("init_logger")("vllm.expert_cache")
+
 
 class MetricsPublisher:
     """Publishes a rank's counters until it is stopped; its thread starts at once.
@@ -70,7 +72,15 @@ def start_publisher(
         "model_name": vllm_config.model_config.served_model_name,
         "engine": str(parallel.data_parallel_index),
     }
-    return MetricsPublisher(block, layers, part, MetricFiles(folder, labels), per_layer)
+    try:
+        files = MetricFiles(folder, labels)
+    except OSError as error:
+        logger.warning(
+            "Expert cache: its metrics are not on /metrics: %s could not be written (%s); make room there, or set "
+            "TMPDIR to another folder", folder, error.strerror,
+        )  # fmt: skip
+        return None
+    return MetricsPublisher(block, layers, part, files, per_layer)
 
 
 def _part_of_rank(parallel: Any, rank: int, slots: int) -> Rank:

@@ -100,8 +100,12 @@ class ProfileSaver:
         while not self._stopping.wait(self._save_seconds):
             self.save()
 
-    def save(self) -> None:
-        """Save the profile if it has changed. A failure is logged once; the file is then as it was."""
+    def save(self) -> str:
+        """Save the profile if it has changed.
+
+        Returns:
+            Why it could not be saved, which is logged once; the file is then as it was. Empty if it is saved.
+        """
         with self._saving:
             worth = {
                 name: list(dict.fromkeys([*(self._numbers[name][expert] for expert in experts), *self._worth[name]]))
@@ -109,7 +113,7 @@ class ProfileSaver:
             }
             is_there = self.path.exists() or not any(worth.values())
             if worth == self._worth and is_there and not self._failure:
-                return
+                return ""
             self._worth = worth
             failure = ""
             try:
@@ -122,6 +126,7 @@ class ProfileSaver:
                     " every %.0f s", self.path, failure, self._save_seconds,
                 )  # fmt: skip
             self._failure = failure
+            return failure
 
     def close(self) -> None:
         """Save for the last time, and end the thread."""

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .checkpoint.writer import write_bytes
+from .atomic_file import replacing
 from .errors import TraceError
 
 NO_EXPERT = -1
@@ -148,7 +148,8 @@ class Trace:
             OSError: the disk is full, or the file cannot be written.
         """
         tensors = {"step": self.step, "layer": self.layer, "tokens": self.tokens, "expert_ids": self.expert_ids}
-        write_bytes(path, save(tensors, metadata={"trace": self.header.model_dump_json()}))
+        with replacing(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
+            file.write(save(tensors, metadata={"trace": self.header.model_dump_json()}))
 
     @classmethod
     def load(cls, path: Path) -> Trace:

@@ -6,12 +6,15 @@ at any moment, and not only after a shutdown.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
 
+from .errors import ExpertCacheError
+from .options import flag
 from .routing_log import RoutingLog
-from .trace import Header, State
+from .trace import Header, State, Trace
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -31,11 +34,14 @@ class TraceFile:
     Attributes:
         log: what has been recorded; grows in the worker's thread.
         state: what the next save says of it.
+        is_ours: whether a save has made the file; until then nothing of its name is replaced.
     """
 
     def __init__(self, path: Path, header: Header, log: RoutingLog, save_seconds: float = SAVE_SECONDS) -> None:
         self.path, self.log = path, log
         self.state: State = "running"
+        self.is_ours = False
+        self._failure = ""
         self._header, self._save_seconds = header, save_seconds
         self._saved: tuple[int, State] = (0, "running")
         self._writing = threading.Lock()
@@ -60,31 +66,58 @@ class TraceFile:
             self._thread.join()
 
     def save(self, counters: Counters | None = None) -> None:
-        """Save what has come since the last save; with counters of it in any case. A failure is logged."""
+        """Save what has come since the last save; with counters of it in any case.
+
+        Raises:
+            ExpertCacheError: it could not be written. Nothing is lost: the next save tries again.
+        """
         with self._writing:
             now = (self.log.nbytes, self.state)
             if now == self._saved and counters is None:
                 return
-            self._saved = now
             trace = self.log.trace(self._header.model_copy(update={"state": self.state, "counters": counters}))
             try:
-                trace.save(self.path)
+                self._write(trace)
             except OSError as error:
-                logger.error(
-                    "Expert trace: %s could not be written: %s; what it held before is unchanged", self.path, error
-                )
-                return
+                raise ExpertCacheError(
+                    f"{flag('trace')} {self.path} could not be written: {error.strerror or error}; what it held before "
+                    "is unchanged, and it is tried again: make room, or move what is in the way"
+                ) from None
+            self._saved = now
         if self.state != "running":
             logger.info(
                 "Expert trace: %s: %d steps, %d bytes, state %s",
                 self.path, trace.num_steps, trace.nbytes, trace.header.state,
             )  # fmt: skip
 
+    def _write(self, trace: Trace) -> None:
+        if self.is_ours:
+            trace.save(self.path)
+            return
+        os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # fails if there is something
+        try:
+            trace.save(self.path)
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            raise
+        self.is_ours = True
+
+    def save_or_log(self, counters: Counters | None = None) -> None:
+        """As ``save``; a failure is logged, the same one once."""
+        failure = ""
+        try:
+            self.save(counters)
+        except ExpertCacheError as error:
+            failure = str(error)
+        if failure and failure != self._failure:
+            logger.error("Expert trace: %s", failure)
+        self._failure = failure
+
     def _save_as_it_grows(self) -> None:
         rest = self._save_seconds
         while not self._stopped.wait(rest):
             started = time.monotonic()
-            self.save()
+            self.save_or_log()
             rest = max(self._save_seconds, REST_AFTER_SAVING * (time.monotonic() - started))
         if self.state != "running":
-            self.save()
+            self.save_or_log()

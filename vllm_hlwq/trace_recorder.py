@@ -20,6 +20,7 @@ from .host_expert_cache import HostExpertCache
 from .options import flag
 from .routing_log import MAX_TRACE_BYTES, RoutingLog
 from .routing_ring import RingOverrunError, RoutingRing
+from .served_checkpoint import model_folder
 from .trace import Header, State, TraceLayer
 from .trace_file import SAVE_SECONDS, Counters, TraceFile, logger
 
@@ -63,11 +64,14 @@ class TraceRecorder:
 
     def start(self) -> None:
         """Begin here, with slots as empty as the counters."""
+        is_ours = False
         if self._file is not None:
             self._file.wait()
+            is_ours = self._file.is_ours
         if self._ring is not None:
             self._ring.reset()
         self._file = self._new_file(RoutingLog(self._header.layers, self._max_bytes))
+        self._file.is_ours = is_ours
         self._file.start()
         self._recording = True
         memory = "" if self._ring is None else f", by a buffer of {self._ring.nbytes} bytes on the device"
@@ -86,7 +90,11 @@ class TraceRecorder:
             self._fetch(wait=False)
 
     def save(self) -> str | None:
-        """Write the file now, with all steps so far and the counters at this point; returns its path."""
+        """Write the file now, with all steps so far and the counters at this point; returns its path.
+
+        Raises:
+            ExpertCacheError: it could not be written.
+        """
         if self._file is None:
             return None
         if self._recording:
@@ -104,7 +112,9 @@ class TraceRecorder:
         if self._recording:
             self._recording = False
             self._file.state = "ended"
-            self._file.save(self._counters())
+            self._file.save_or_log(self._counters())
+        else:
+            self._file.save_or_log()  # what a full disk kept from being saved when the recording ended
 
     def _counters(self) -> Counters:
         names = [layer.name for layer in self._header.layers]
@@ -179,16 +189,24 @@ def path_of_rank(file: Path, rank: int, parallel_config: Any) -> Path | None:
     return file.with_name(f"{file.stem}-rank{rank}{file.suffix}") if rank else file
 
 
-def check_trace_file(file: str, rank: int, parallel_config: Any) -> None:
-    """Refuse a file that this rank could not write, before weights are loaded.
+def check_trace_file(file: str, rank: int, vllm_config: Any) -> None:
+    """Refuse a file that this rank could not write, or vLLM would take for weights, before weights are loaded.
 
     Raises:
-        ExpertCacheError: its folder is not there, or something of its name is.
+        ExpertCacheError: its folder is not there, or is a model's, or something of its name is there.
     """
-    path = path_of_rank(Path(file), rank, parallel_config)
+    path = path_of_rank(Path(file), rank, vllm_config.parallel_config)
     if path is None:
         return
     if not path.parent.is_dir():
         raise ExpertCacheError(f"{flag('trace')} {file}: folder {path.parent} does not exist; make it first")
+    drafts = vllm_config.speculative_config
+    for model in (vllm_config.model_config, None if drafts is None else drafts.draft_model_config):
+        folder = None if model is None else model_folder(model.model, model.revision)
+        if folder is not None and path.suffix == ".safetensors" and path.parent.resolve() == folder.resolve():
+            raise ExpertCacheError(
+                f"{flag('trace')} {file}: {folder} holds a model, and vLLM would take the trace for weights when it is "
+                "loaded again; give another folder"
+            )
     if path.exists():
         raise ExpertCacheError(f"{flag('trace')} {file}: {path} exists; move it away or give another name")

@@ -105,10 +105,19 @@ class WarmStart:
         return Profile(vllm=version("vllm"), model=self._model, layers=layers)
 
     def save(self) -> str | None:
-        """Save the profile now; its path, None where there is nothing to save on this rank."""
+        """Save the profile now; its path, None where there is nothing to save on this rank.
+
+        Raises:
+            ExpertCacheError: it could not be saved.
+        """
         if self._saver is None:
             return None
-        self._saver.save()
+        failure = self._saver.save()
+        if failure:
+            raise ExpertCacheError(
+                f"{flag('profile')} {self._saver.path} could not be saved: {failure}; make room, or make the folder "
+                "writable"
+            )
         return str(self.path)
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
         options = self._options()
         trace = options.trace
         if trace is not None:
-            check_trace_file(trace, self.rank, self.vllm_config.parallel_config)
+            check_trace_file(trace, self.rank, self.vllm_config)
         if options.store_cache is not None:
             check_folder(options.store_cache)
         if options.profile is not None:
