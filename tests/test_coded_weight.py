@@ -34,6 +34,16 @@ def test_the_product_is_that_of_the_decoded_weight(
     assert float((found.double() - wanted).norm() / wanted.norm()) < allowed
 
 
+@pytest.mark.parametrize("columns", [256, 200])
+def test_an_activation_may_lie_by_columns(columns: int) -> None:
+    """As those of state-space models do."""
+    levels = codebook("C", 5)
+    coded = quantize_matrix(torch.randn(40, columns), BlockCoder(levels, 128, torch.device("cpu")), NORM)
+    packed, norms = coded.packed.view(40, -1), coded.norms.view(torch.int16)
+    x, layout = torch.randn(columns, 7).T, CodeFormat(levels, 128, columns)
+    assert torch.equal(coded_linear(x, packed, norms, layout), coded_linear(x.contiguous(), packed, norms, layout))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_all_widths(bits: int) -> None:
     levels = codebook("C", bits)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import CONFIGS, IDS, Folders, assert_same_tensors, load, logits, stored
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from vllm_hlwq import HLWQConfig
 from vllm_hlwq.checkpoint.quantize import quantize
@@ -145,3 +145,44 @@ def test_weights_can_be_tied_again(hf_folders: dict[str, Folders]) -> None:
     model.tie_weights()
     assert torch.equal(logits(model), before)
     assert model.lm_head.weight__packed is model.get_input_embeddings().weight__packed
+
+
+def test_a_model_that_asks_a_weight_for_its_device_gets_that_of_the_codes(tmp_path: Path) -> None:
+    """Llama 4 moves its tokens to where its embeddings are."""
+    config = Llama4TextConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Llama4ForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    options = HLWQConfig(bits=8, fit="gain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=options)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, CodedModule)
+    assert embeddings.weight.device == embeddings.weight__packed.device
+    found, wanted = logits(model), logits(load(tmp_path, dtype=torch.float32))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_a_weight_that_is_kept_as_codes_is_not_computed_with(hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["llama"].coded, "coded")
+    before, weight = logits(model), model.lm_head.weight
+    assert (weight.shape, weight.dtype, weight.ndim) == (
+        (model.config.vocab_size, model.config.hidden_size),
+        torch.bfloat16,
+        2,
+    )
+    assert weight[3:7].T.shape == (model.config.hidden_size, 4)
+    assert [part.shape[0] for part in weight.data.chunk(2)] == [model.config.vocab_size // 2] * 2
+    weight.data.normal_()
+    weight.data[3].zero_()
+    for compute in (
+        lambda: torch.nn.functional.linear(torch.ones(1, weight.shape[1], dtype=torch.bfloat16), weight),
+        lambda: weight.float(),
+        lambda: weight.data.copy_(torch.zeros_like(torch.empty(weight.shape))),
+        lambda: weight.data.mul_(2),
+        lambda: torch.cat(tensors=[weight, weight]),
+    ):
+        with pytest.raises(CheckpointError, match=r"kept as codes; .*modules_to_not_convert=.*mode='decode'"):
+            compute()
+    assert torch.equal(logits(model), before)

@@ -17,7 +17,7 @@ from ..int4_checkpoint import int4_arguments
 from .conversion import listed
 from .export_plan import int4_group, plan_export
 from .inspect import inspect
-from .int4_source import CODES, SCALES, ZERO_POINTS
+from .int4_source import CODES, GROUP_OF, SCALES, ZERO_POINTS
 from .layouts import EMBEDDING, never_int4
 from .metadata import HlwqConfig, read_settings
 from .reader import HlwqSource, is_hlwq
@@ -160,7 +160,7 @@ def expert_memory(tensors: Mapping[str, int]) -> ExpertMemory | None:
         match = _EXPERT.match(name)
         if match is None:
             resident += size
-        elif name.endswith((CODES, SCALES, ZERO_POINTS)):
+        elif name.endswith((CODES, SCALES, ZERO_POINTS, GROUP_OF)):
             experts = layers.setdefault(match["layer"], {})
             experts[match["expert"]] = experts.get(match["expert"], 0) + size
     if not layers:

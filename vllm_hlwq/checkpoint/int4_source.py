@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
 from pydantic import ValidationError
 
 from ..checkpoint_files import REMEDY
@@ -23,6 +23,9 @@ from .sources import Parameter
 from .tensor_folder import TensorFolder
 
 CODES, SCALES, SHAPE, ZERO_POINTS = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+GROUP_OF = "weight_g_idx"
+"""The group of each column, where groups were formed in an order of the columns (``actorder``)."""
+
 _EXPERT = re.compile(r"^(?P<prefix>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<proj>gate_proj|up_proj|down_proj)\.$")
 
 
@@ -59,11 +62,16 @@ class Int4Source:
     def _arguments(self) -> QuantizationArgs:
         path = self.folder.path / "config.json"
         try:
-            groups = self.folder.config()["quantization_config"]["config_groups"]
-            (group,) = groups.values()
+            quantization = self.folder.config()["quantization_config"]
+            (group,) = quantization["config_groups"].values()
             arguments = QuantizationArgs.model_validate(group["weights"])
+            transforms = quantization.get("transform_config")
         except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as problem:
-            raise CheckpointError(f"{path}: describes no single INT4 scheme ({problem!r:.80}); {REMEDY}") from None
+            reason = " ".join(repr(problem).split())
+            raise CheckpointError(f"{path}: describes no single INT4 scheme ({reason:.80}); {REMEDY}") from None
+        if transforms not in (None, {}, {"config_groups": {}}):
+            raise CheckpointError(f"{path}: transform_config says that weights are rotated, which is not understood; "
+                                  "use the 16-bit original")  # fmt: skip
         if arguments.num_bits != 4:
             raise CheckpointError(f"{path}: weights are of {arguments.num_bits} bits, not 4; only INT4 is understood")
         return arguments
@@ -74,13 +82,18 @@ class Int4Source:
         missing = next((part for part in self.parts(stem) if f"{stem}{part}" not in tensors), None)
         if missing is not None:
             raise CheckpointError(f"{self.path}: {stem}{missing} is missing; {REMEDY}")
+        if f"{stem}{GROUP_OF}" in tensors and GROUP_OF not in self.parts(stem):
+            raise CheckpointError(
+                f"{self.path}: {stem}{GROUP_OF} orders columns, but config.json has no actorder 'group'; {REMEDY}"
+            )
         rows, columns = self._stated_shape(stem)
         size = self.arguments.group_size or -1
         groups = -(-columns // size) if size > 0 else 1
-        expected: dict[str, tuple[torch.dtype | None, tuple[int, int]]] = {
+        expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
             CODES: (torch.int32, (rows, -(-columns // 8))),
             SCALES: (None, (rows, groups)),
             ZERO_POINTS: (torch.int32, (-(-rows // 8), groups)),
+            GROUP_OF: (torch.int32, (columns,)),
         }
         for part in self.parts(stem):
             info = tensors[f"{stem}{part}"]
@@ -108,7 +121,8 @@ class Int4Source:
     def parts(self, stem: str) -> list[str]:
         """What is stored of a matrix; no shape in the layout of vLLM's gpt-oss loader."""
         shape = [SHAPE] if stem.endswith(".") else []
-        return [CODES, SCALES, *shape, *([] if self.arguments.symmetric else [ZERO_POINTS])]
+        ordered = self.arguments.actorder == ActivationOrdering.GROUP
+        return [CODES, SCALES, *shape, *[ZERO_POINTS] * (not self.arguments.symmetric), *[GROUP_OF] * ordered]
 
     def _name_parameters(self) -> None:
         """Name the parameter that each matrix is, or is a part of."""
@@ -158,13 +172,24 @@ class Int4Source:
         """One INT4 matrix ``[out, in]``, in the scale's dtype.
 
         Raises:
-            CheckpointError: a scale is not finite, or a tensor is not what its sum says.
+            CheckpointError: a scale is not finite, columns are not of groups of one size, or a tensor is not what its
+                sum says.
         """
         state = {part: self._tensor(f"{stem}{part}") for part in self.parts(stem)}
         state[SHAPE] = torch.tensor(self.shapes[stem])
         if not bool(state[SCALES].isfinite().all()):
             raise CheckpointError(f"{self.path}: {stem}{SCALES} holds NaN or inf; {REMEDY}")
+        if GROUP_OF in state:
+            self._check_groups(stem, state[GROUP_OF])
         return dequantize_weight(state, self.arguments)
+
+    def _check_groups(self, stem: str, group_of: torch.Tensor) -> None:
+        """Refuse groups that have not all the same number of columns; -1 throughout means that columns are in order."""
+        columns = self.shapes[stem][1]
+        size = self.arguments.group_size or columns
+        wanted = torch.arange(columns) // size
+        if not bool((group_of == -1).all()) and not torch.equal(group_of.sort().values.long(), wanted):
+            raise CheckpointError(f"{self.path}: {stem}{GROUP_OF} gives no groups of {size} columns each; {REMEDY}")
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         stems = self._stems_of.get(name)

@@ -111,7 +111,7 @@ def rotate(activation: torch.Tensor, layout: CodeFormat) -> torch.Tensor:
     if width != layout.in_features:
         activation = functional.pad(activation, (0, width - layout.in_features))
     hadamard = layout.coder(activation.device).hadamard
-    blocks = activation.float().view(-1, layout.block_size)
+    blocks = activation.float().reshape(-1, layout.block_size)
     rotated = torch.mm(blocks, hadamard).mul_(layout.block_size**-0.5)
     return rotated.to(activation.dtype).view(-1, width)
 

@@ -6,16 +6,57 @@ A module keeps its class, of which it becomes an instance of a subclass: models 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
+from ..errors import CheckpointError
 from .coded_weight import CodeFormat, coded_linear, decode
 
 PACKED, NORMS = "__packed", "__norms"
+FILLING = {"aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_"}
+"""How models start a weight; on one that is kept as codes nothing happens."""
+
+
+class AbsentWeight(torch.Tensor):
+    """Shape, dtype and device of a weight that is kept as codes; views have no data either, all else is refused."""
+
+    _is_hf_initialized = True  # transformers then does not start it
+
+    @staticmethod
+    def __new__(
+        cls: type[AbsentWeight], shape: Iterable[int], dtype: torch.dtype, device: torch.device
+    ) -> AbsentWeight:
+        made: AbsentWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"AbsentWeight({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: Any,
+        types: Iterable[type],
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        own, name, returns = arguments[0] if arguments else None, function._schema.name, function._schema.returns
+        if isinstance(own, cls) and name in FILLING:
+            return own
+        if isinstance(own, cls) and returns and returns[0].alias_info and not returns[0].alias_info.is_write:
+            device = own.device
+            views = function(torch.empty(own.shape, dtype=own.dtype, device="meta"), *arguments[1:], **(options or {}))
+            return tree_map_only(torch.Tensor, lambda view: cls(view.shape, view.dtype, device), views)
+        raise CheckpointError(
+            f"{name.removeprefix('aten::')}: the model computes with a weight that is kept as codes; leave it in "
+            "16 bit with HLWQConfig(modules_to_not_convert=[...]), or load with mode='decode'"
+        )
 
 
 class CodedModule(nn.Module):
@@ -33,12 +74,12 @@ class CodedModule(nn.Module):
         return getattr(self, name + PACKED), getattr(self, name + NORMS)
 
     def __getattr__(self, name: str) -> Any:
-        """The weight without data: models ask a layer's weight for its dtype or shape, and fill it at random."""
+        """The weight without data: models ask a layer's weight for its dtype, shape or device."""
         layout = self.__dict__.get("layouts", {}).get(name)
         if layout is None:
             return super().__getattr__(name)
-        shape = (*self.codes(name)[0].shape[:-1], layout.in_features)
-        return torch.empty(shape, dtype=self.weight_dtype, device="meta")
+        packed = self.codes(name)[0]
+        return AbsentWeight((*packed.shape[:-1], layout.in_features), self.weight_dtype, packed.device)
 
 
 class CodedLinear(CodedModule, nn.Linear):
