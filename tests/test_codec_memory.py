@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -141,6 +142,55 @@ def test_an_interrupt_between_two_threads_starts_leaves_none_waiting(monkeypatch
         assert not thread.is_alive()
     assert torch.get_num_threads() == before
     assert for_ranges(lambda first, last: last - first, threads, 1, threads) == [1] * threads
+
+
+def test_an_interrupt_waits_for_what_works_in_the_callers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call has the same memory."""
+    running, waits = set(), []
+
+    def work(first: int, last: int) -> None:
+        running.add(first)
+        time.sleep(0.2)
+        running.remove(first)
+
+    def interrupted(futures: list[Future]) -> None:
+        waits.append(len(futures))
+        while len(waits) == 1 and not running:
+            time.sleep(0.001)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        wait(futures)
+
+    monkeypatch.setattr("vllm_hlwq.codec.chunks.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for_ranges(work, 40, 1, 2)
+    assert not running
+    assert waits == [40, 40]
+    time.sleep(0.3)
+    assert not running  # what had not begun is not begun
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_was_coded_in_inference_mode_can_be_coded_outside_of_it(threads: int) -> None:
+    """Memory that is made in that mode can only be written to in it, and a thread has modes of its own."""
+    before = torch.get_num_threads()
+    coder = BlockCoder(codebook("C", 5), 128, CPU)
+    weight = torch.nn.Parameter(torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)))
+    wanted = quantize_matrix(weight.data, BlockCoder(codebook("C", 5), 128, CPU), NORM)
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            first = quantize_matrix(weight, coder, NORM)
+        with torch.no_grad():
+            second = quantize_matrix(weight, coder, NORM)
+            restored = dequantize_matrix(second, coder)
+        with torch.inference_mode():
+            assert torch.equal(dequantize_matrix(second, coder), restored)
+    finally:
+        torch.set_num_threads(before)
+    for found in (first, second):
+        assert torch.equal(found.packed, wanted.packed)
+        assert torch.equal(found.norms, wanted.norms)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")

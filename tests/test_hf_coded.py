@@ -186,3 +186,39 @@ def test_a_weight_that_is_kept_as_codes_is_not_computed_with(hf_folders: dict[st
         with pytest.raises(CheckpointError, match=r"kept as codes; .*modules_to_not_convert=.*mode='decode'"):
             compute()
     assert torch.equal(logits(model), before)
+
+
+def test_inference_mode_and_what_comes_after_it(hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["qwen3_moe"].coded, "coded")
+    wanted = logits(model)
+    long = IDS.repeat(1, 20)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS).logits, wanted)
+        found = model(input_ids=long).logits
+    assert torch.equal(logits(model), wanted)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=long).logits, found)
+
+
+def test_what_is_decoded_follows_a_change_of_the_model_s_dtype(hf_folders: dict[str, Folders]) -> None:
+    folders = hf_folders["qwen3_moe"]
+    found = logits(load(folders.coded, "coded").to(torch.float16))
+    wanted = logits(load(folders.decoded, dtype=torch.float16)).float()
+    assert found.dtype == torch.float16
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_an_embedding_has_no_rows_before_the_first(hf_folders: dict[str, Folders]) -> None:
+    embeddings = load(hf_folders["llama"].coded, "coded").get_input_embeddings()
+    with pytest.raises(IndexError, match="index -3 is out of range of 512 embeddings"):
+        embeddings(torch.tensor([[1, -3]]))
+    assert embeddings(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 160)
+
+
+def test_options_that_a_16_bit_model_would_not_heed_are_refused(hf_folders: dict[str, Folders]) -> None:
+    with pytest.raises(CheckpointError, match="modules_to_not_convert is 'lm_head'; give a list of names"):
+        HLWQConfig(modules_to_not_convert="lm_head")
+    original = hf_folders["llama"].original
+    options = HLWQConfig(base_model=str(original))
+    with pytest.raises(CheckpointError, match="is not coded, so nothing is missing that HLWQConfig's base_model"):
+        AutoModelForCausalLM.from_pretrained(original, quantization_config=options)

@@ -187,6 +187,11 @@ def test_any_other_operation_gets_the_decoded_tensor() -> None:
     assert torch.equal(torch.cat([got, plain]), torch.cat([plain, plain]))
 
 
+def test_an_operation_that_names_all_its_arguments_gets_the_decoded_tensor() -> None:
+    got, _ = fill(new_layer(), *states(2, 2, 200, 64), (199, 1))
+    assert torch.equal(torch.cat(tensors=[got, got]), torch.cat([got.decode()] * 2))
+
+
 def test_many_queries_are_answered_from_decoded_keys() -> None:
     rows = MOST_ROWS + 1
     got = fill(new_layer(), *states(1, 1, 200, 64), (200 - rows, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -99,6 +100,19 @@ def test_decoding_reads_codes_only(model: Any, monkeypatch: pytest.MonkeyPatch) 
     cache = HLWQCache(model.config, residual_window=WINDOW)
     generated(model, cache, tokens, attention_mask=mask)
     assert cache.layers[1]._coded[0].length > 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast(model: Any, dtype: torch.dtype) -> None:
+    """Rotated keys are then of float32 and values of 16 bit, and products would be rounded to 16 bit."""
+    steps = {}
+    for attend_coded in (True, False):
+        cache = HLWQCache(model.config, bits=3, residual_window=WINDOW, attend_coded=attend_coded)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = copy.deepcopy(model).to(dtype)
+            cast(prompt(1, 80), past_key_values=cache)
+            steps[attend_coded] = cast(torch.tensor([[5]]), past_key_values=cache).logits.float()
+    assert float((steps[True] - steps[False]).norm() / steps[False].norm()) < 0.05
 
 
 def test_eager_attention(model: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -99,8 +99,22 @@ def for_ranges(work: Callable[[int, int], Result], rows: int, step: int, threads
     if threads <= 1:
         return [work(*each) for each in ranges]
     pool = _pool(threads, _cpus.get())
-    running = [pool.submit(work, *each) for each in ranges]
-    wait(running)  # all of them, also after one has failed: they work in the caller's memory
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def work_as_caller(start: int, stop: int) -> Result:
+        """Torch's modes are each thread's own."""
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(start, stop)
+
+    running: list[Future[Result]] = []
+    try:
+        running.extend(pool.submit(work_as_caller, *each) for each in ranges)
+        wait(running)  # all of them, also after one has failed: they work in the caller's memory
+    except BaseException:  # an interrupt: that memory is the next call's too
+        for each in running:
+            each.cancel()
+        wait(running)
+        raise
     return [each.result() for each in running]
 
 

@@ -28,7 +28,9 @@ class Scratch:
         key = (name, tuple(shape), dtype)
         view = self._views.get(key)
         if view is None:
-            view = self._views[key] = self._buffer(name, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+            with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+                view = self._buffer(name, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+            self._views[key] = view
         return view
 
     def _buffer(self, name: str, size: int) -> torch.Tensor:

@@ -51,6 +51,10 @@ class HLWQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.fit = fit
         self.modules_to_not_convert = modules_to_not_convert
         self.block_size = BLOCK_SIZE
+        if isinstance(modules_to_not_convert, str):
+            raise CheckpointError(
+                f"HLWQConfig: modules_to_not_convert is {modules_to_not_convert!r}; give a list of names"
+            )
         for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
                 listed = ", ".join(str(choice) for choice in choices if choice is not None)

@@ -81,6 +81,12 @@ class CodedModule(nn.Module):
         packed = self.codes(name)[0]
         return AbsentWeight((*packed.shape[:-1], layout.in_features), self.weight_dtype, packed.device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Also the dtype of what is decoded follows ``model.to(dtype)``."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
 
 class CodedLinear(CodedModule, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -92,8 +98,10 @@ class CodedEmbedding(CodedModule, nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         packed, norms = self.codes("weight")
         ids = input.reshape(-1)
+        if ids.device.type == "cpu" and bool((ids < 0).any()):
+            raise IndexError(f"index {int(ids.min())} is out of range of {len(packed)} embeddings")
         rows = decode(packed[ids], norms[ids], self.layouts["weight"], self.weight_dtype)
-        return rows.view(*input.shape, -1)
+        return rows.view(*input.shape, self.embedding_dim)
 
 
 class CodedExperts(CodedModule):

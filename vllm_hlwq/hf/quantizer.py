@@ -56,6 +56,11 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError(
                     f"{config.name_or_path}: is not coded, so there is nothing to decode; leave HLWQConfig's mode out"
                 )
+            if self.quantization_config.base_model is not None:
+                raise CheckpointError(
+                    f"{config.name_or_path}: is not coded, so nothing is missing that HLWQConfig's base_model "
+                    f"{self.quantization_config.base_model} could give; leave it out"
+                )
             self.quantization_config.mode = "coded"
         return config
 

@@ -46,7 +46,7 @@ class Side(NamedTuple):
 def attend(
     query: torch.Tensor, keys: Side, values: Side, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Scaled dot-product attention on a CPU, summed in float32.
+    """Scaled dot-product attention on a CPU, summed in float32, also under autocast.
 
     Args:
         query: ``[batch, query heads, rows, head_dim]``; query heads are a multiple of the key-value heads.
@@ -59,6 +59,13 @@ def attend(
     Returns:
         ``[batch, query heads, rows, the values' head_dim]`` of the query's dtype. A row that may look nowhere is zero.
     """
+    with torch.autocast("cpu", enabled=False):
+        return _attend(query, keys, values, mask, scale)
+
+
+def _attend(
+    query: torch.Tensor, keys: Side, values: Side, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
     batch, heads, tokens, _ = keys.shape
     queries = query.float() * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
     shape = (batch, heads, query.shape[1] // heads, query.shape[2], tokens)

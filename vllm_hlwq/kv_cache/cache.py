@@ -39,10 +39,10 @@ class HLWQCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, config: Any, bits: int = 3, residual_window: int = 128, attend_coded: bool = True) -> None:
-        if bits not in BITS:
+        if bits not in BITS or not isinstance(bits, int):
             raise KVCacheError(f"bits={bits!r}: choose 2, 3 or 4")
-        if residual_window < 0:
-            raise KVCacheError(f"residual_window={residual_window}: give a number of tokens, 0 or more")
+        if not isinstance(residual_window, int) or residual_window < 0:
+            raise KVCacheError(f"residual_window={residual_window!r}: give a number of tokens, 0 or more")
         self.bits = bits
         self._coders: dict[tuple[int, torch.device], VectorCoder] = {}
         types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))

@@ -99,7 +99,7 @@ class History(torch.Tensor):
             result = _attention(*arguments, **options)
             if result is not None:
                 return result
-        elif isinstance(arguments[0], History) and not options:
+        elif arguments and isinstance(arguments[0], History) and not options:
             own, rest = arguments[0], arguments[1:]
             if function is torch.Tensor.to and rest == (own.device,):
                 return own  # models that share keys between layers move them to each layer's device

@@ -7,6 +7,7 @@ numba, which vLLM requires too, compiles both products at their first use, in ab
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -129,6 +130,9 @@ def kernels(bits: int) -> Kernels:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "kv-cache")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 def shares(tokens: int) -> list[tuple[int, int]]:

@@ -74,6 +74,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         both = (key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._dtypes = [states.dtype for states in both]  # autocast leaves keys in float32 and values in 16 bit
         self._sizes = [(*states.shape[:2], states.shape[3]) for states in both]
         with torch.inference_mode(False):
             self._coded = tuple(  # type: ignore[assignment]
@@ -134,11 +135,11 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]
         return check
 
     def _check_states(self, *both: torch.Tensor) -> None:
-        for name, states, size in zip(("keys", "values"), both, self._sizes, strict=True):
-            if (*states.shape[:2], states.shape[3]) != size or states.dtype != self.dtype:
+        for name, states, size, dtype in zip(("keys", "values"), both, self._sizes, self._dtypes, strict=True):
+            if (*states.shape[:2], states.shape[3]) != size or states.dtype != dtype:
                 raise KVCacheError(
                     f"{name} {list(states.shape)} {states.dtype} do not continue a cache of batch {size[0]}, "
-                    f"{size[1]} heads, head_dim {size[2]} and {self.dtype}; reset it, or make a new one"
+                    f"{size[1]} heads, head_dim {size[2]} and {dtype}; reset it, or make a new one"
                 )
             if states.requires_grad and torch.is_grad_enabled():
                 raise KVCacheError(f"{name} want gradients, which codes do not pass on; run under torch.no_grad()")
