@@ -249,6 +249,20 @@ def test_what_makes_no_card_is_refused(coded: Path, source: Path, arguments: tup
 
 
 @pytest.mark.parametrize(
+    "content", [b"---\nlicense: mit\nbase_model: a: b\n---\n", b"---\n- mit\n---\n", b"---\nlicense: \xe9\n---\n"]
+)
+def test_an_original_whose_card_cannot_be_read_is_named(
+    coded: Path, source: Path, tmp_path: Path, content: bytes
+) -> None:
+    original = tmp_path / "original"
+    shutil.copytree(source, original)
+    (original / "README.md").write_bytes(content)
+    said = refused(str(coded), "--original", str(original), "--force")
+    assert said.startswith(f"hlwq: {original}/README.md: its front matter cannot be read (")
+    assert said.strip().endswith("mend it, or give --original the hub's name alone")
+
+
+@pytest.mark.parametrize(
     ("name", "kind"),
     [
         ("model.layers.3.experts.gate_up_proj", "experts"),

@@ -140,6 +140,56 @@ def test_an_interruption_while_the_last_files_are_written_is_taken_up(tmp_path: 
     assert tensors(tmp_path / "out").keys() == {"a", "b"}
 
 
+def kill_at(call: str, place: str, source: Path, out: Path) -> None:
+    """Convert in a process that is killed when it is about to make a call for something of this name."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from vllm_hlwq.checkpoint.quantize import quantize\n"
+        "def kill(event, arguments):\n"
+        f"    if event == {call!r} and str(arguments[0]).endswith({place!r}):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(kill)\n"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(source), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("call", "place", "left"),
+    [
+        ("os.rename", ".hlwq_progress.json.tmp", "out.partial/.hlwq_progress.json.tmp"),  # the very first record
+        ("os.remove", "out/.hlwq_progress.json", "out/.hlwq_progress.json"),  # named already, not finished
+    ],
+)
+def test_a_kill_at_either_end_is_taken_up(
+    varied_source: Path, tmp_path: Path, call: str, place: str, left: str
+) -> None:
+    quantize(varied_source, tmp_path / "wanted")
+    kill_at(call, place, varied_source, tmp_path / "out")
+    assert (tmp_path / left).exists()
+    if left.startswith("out/"):
+        with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+            quantize(varied_source, tmp_path / "out", bits=4)
+    quantize(varied_source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_the_source_has_no_longer_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("old")
+    writer = FolderWriter(tmp_path / "out", {}, [plan("a")])
+    writer.run(produce, lambda _: None)
+    with pytest.raises(CheckpointError, match="no-such-file"):
+        writer.finish({"config.json": {}}, [tmp_path / "old.txt", tmp_path / "no-such-file"])
+    assert (tmp_path / "out.partial/old.txt").exists()
+    again = FolderWriter(tmp_path / "out", {}, [plan("a")])
+    again.run(produce, lambda _: None)
+    again.finish({"config.json": {}}, [])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "hlwq_sha256.json", "model.safetensors",
+    ]  # fmt: skip
+
+
 def test_a_shard_that_changes_after_it_was_written_is_never_taken_for_done(tmp_path: Path) -> None:
     writer = FolderWriter(tmp_path / "out", {}, [plan("a")])
     writer.run(produce, lambda _: None)

@@ -102,6 +102,14 @@ def test_an_infinite_scale_is_refused(layout_exports: dict[str, Path], tmp_path:
     assert f"{EXPERT}up_proj.weight_scale holds NaN or inf" in message
 
 
+def test_what_is_not_coded_is_finite_too(layout_exports: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    damaged = changed(layout_exports["olmoe"], tmp_path / "damaged", lambda state: state[name][3:4].fill_(float("nan")))
+    message = refusal(lambda: dequantize(Int4Source(damaged), tmp_path / "out"))
+    assert f"tensor {name} holds NaN or inf" in message
+    assert not (tmp_path / "out").exists()
+
+
 def ordered(source: Path, out: Path) -> dict[str, torch.Tensor]:
     """A copy of an export whose matrices have their columns in another order; returns that order by stem."""
     orders: dict[str, torch.Tensor] = {}

@@ -136,6 +136,23 @@ def test_int4_outside_the_experts_is_not_guessed(gemma4_bf16: Path, tmp_path: Pa
     assert plan(bare)["dense_bytes"] == plan(gemma4_bf16)["dense_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("ignore", "said"),
+    [
+        (["re:("], "config.json's ignore holds '(', no regular expression"),
+        ([1], "config.json's ignore is [1], no list of names"),
+        (-1, "config.json's ignore is -1, no list of names"),
+    ],
+)
+def test_names_to_ignore_that_are_none(gemma4_bf16: Path, tmp_path: Path, ignore: object, said: str) -> None:
+    export_int4(gemma4_bf16, tmp_path / "model")
+    bare = without_weights(tmp_path / "model", tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ignore
+    (bare / "config.json").write_text(json.dumps(config))
+    assert said in fails("plan", bare)
+
+
 def test_a_name_of_the_hub_is_found_in_its_cache(
     tiny_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

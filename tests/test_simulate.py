@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import fails, hlwq, succeeds
@@ -117,6 +118,31 @@ def test_the_command_prints_a_table_and_writes_charts(small: Trace, tmp_path: Pa
         assert image.std() > 0.05
 
 
+def test_no_figure_is_cut_where_there_are_more_sizes_than_columns(tmp_path: Path) -> None:
+    file = Path(__file__).parent.parent / "examples/tiny_moe/trace.safetensors"
+    lines = succeeds("simulate", file, "--slots", ",".join(map(str, range(1, 16)))).splitlines()
+    assert "…" not in "".join(lines)
+    for layer in Trace.load(file).header.layers:
+        (line,) = [line for line in lines if layer.name in line]
+        assert line.count("%") == 15
+
+
+def test_a_model_s_name_is_no_formula(small: Trace, tmp_path: Path) -> None:
+    Trace(small.header.model_copy(update={"model": "a$\\frac$"}), *columns(small)).save(tmp_path / "t")
+    succeeds("simulate", tmp_path / "t", "--slots", "2", "--link", "25GB/s", "--plots", tmp_path)
+
+
+def test_a_trace_whose_server_counted_nothing_is_told(small: Trace) -> None:
+    strange = Trace(small.header.model_copy(update={"counters": {}}), *columns(small))
+    (replayed,) = replay(strange, [small.header.cache_size])
+    assert replayed.differences
+    assert "None live" in replayed.differences[0]
+
+
+def columns(made: Trace) -> tuple[Any, ...]:
+    return made.step, made.layer, made.tokens, made.expert_ids
+
+
 def test_json_is_the_report(small: Trace, tmp_path: Path) -> None:
     small.save(tmp_path / "t")
     done = hlwq("simulate", tmp_path / "t", "--slots", "3,2", "--json", "--plots", tmp_path)
@@ -138,6 +164,12 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     words = ("simulate", tmp_path / "t", "--slots", "2")
     assert fails(*words, "--step-ms", "3") == (
         "--step-ms 3: for a prediction, which needs a rate too; add --link 25GB/s, say"
+    )
+    assert (
+        fails(*words, "--link", "25GB/s", "--step-ms", "inf") == "--step-ms inf: no time; give milliseconds, like 12.5"
+    )
+    assert fails("simulate", tmp_path, "--slots", "2") == (
+        f"{tmp_path}: cannot be read (no ordinary file); give one that --moe-expert-trace recorded"
     )
     assert fails(*words, "--plots", tmp_path / "t") == (
         f"--plots {tmp_path / 't'}: is no folder; give another, which may be one to make"

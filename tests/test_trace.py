@@ -86,6 +86,9 @@ def spoil(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]
         (lambda t, h: h.update(version=2), "header field version=2: "),
         (lambda t, h: h.update(state="lost"), "header field state='lost': "),
         (lambda t, h: h.pop("model"), "header field model="),
+        (lambda t, h: h.update(layers=[]), r"header field layers="),
+        (lambda t, h: h["layers"][0].update(experts=10**6), r"header field layers.0.experts=1000000: "),
+        (lambda t, h: h["layers"][0].update(top_k=0), r"header field layers.0.top_k=0: "),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(

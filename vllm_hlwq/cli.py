@@ -7,6 +7,7 @@ Commands import what they use: torch and compressed-tensors take five seconds, w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
@@ -72,7 +73,8 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             raise
         except OSError as error:
-            typer.echo(f"hlwq: {error.filename}: {error.strerror}", err=True)
+            what, why = error.filename or "standard output", error.strerror or error
+            typer.echo(f"hlwq: {what}: {why}; choose a place that can be read and written, with room", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             resume = "; the same command goes on where this one stopped" if "out" in kwargs else ""
@@ -118,7 +120,7 @@ def quantize_command(
     device: Device = "cpu",
 ) -> None:
     """Code a 16-bit model: BF16 safetensors to an HLWQ checkpoint."""
-    from .checkpoint.conversion import readable
+    from .checkpoint.conversion import listed, readable
     from .checkpoint.quantize import quantize
 
     done = quantize(source, out, bits, codebook.value, fit.value, _device(device), keep=keep or ())
@@ -127,6 +129,12 @@ def quantize_command(
         f"{readable(done.original_bytes)} to {readable(done.bytes)}, "
         f"relative mean squared error {done.relative_mse:.6f}; read back and verified"
     )
+    vanished = [name for name, stats in done.coded.items() if stats.relative_mse >= 1]
+    if vanished:
+        typer.echo(
+            f"{listed(vanished)} stored as zeros, the blocks' norms being below what float16 holds; "
+            f"--keep '{vanished[0]}' leaves it in 16 bit"
+        )
 
 
 @app.command("export")
@@ -299,6 +307,8 @@ def simulate_command(
 
     if step_ms is not None and link is None:
         raise TraceError(f"--step-ms {step_ms:g}: for a prediction, which needs a rate too; add --link 25GB/s, say")
+    if step_ms is not None and not math.isfinite(step_ms):
+        raise TraceError(f"--step-ms {step_ms}: no time; give milliseconds, like 12.5")
     if plots is not None and plots.exists() and not plots.is_dir():
         raise TraceError(f"--plots {plots}: is no folder; give another, which may be one to make")
     rate = None if link is None else parse_rate(link, "--link")

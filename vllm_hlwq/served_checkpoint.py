@@ -25,7 +25,7 @@ from .checkpoint.layouts import expert_matrices, linear_matrix
 from .checkpoint.reader import HlwqSource, is_hlwq
 from .checkpoint.sources import Parameter, PlainSource, WeightSource
 from .checkpoint.tensor_folder import TensorFolder, read_json
-from .checkpoint_files import INDEX
+from .checkpoint_files import INDEX, REMEDY
 from .checkpoint_sizes import Tensor
 from .errors import CheckpointError
 from .int4_checkpoint import int4_arguments
@@ -134,14 +134,22 @@ def _int4_settings(path: Path, quantization: Any) -> tuple[GroupSize, bool]:
     )
 
 
-def _check_ignored(source: ShapeSource, ignored: list[str]) -> None:
+def _check_ignored(source: ShapeSource, ignored: Any) -> None:
     """Hold that only experts are INT4: where other linear layers are too, a model's own code says which.
 
     Raises:
-        CheckpointError: a linear layer outside the experts is not named among those that stay in 16 bit.
+        CheckpointError: a linear layer outside the experts is not named among those that stay in 16 bit, or there is no
+            such list.
     """
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        raise CheckpointError(f"{source.path}: config.json's ignore is {ignored!r:.60}, no list of names; {REMEDY}")
     exact = {name for name in ignored if not name.startswith(PATTERN)}
-    patterns = [re.compile(name.removeprefix(PATTERN)) for name in ignored if name.startswith(PATTERN)]
+    try:
+        patterns = [re.compile(name.removeprefix(PATTERN)) for name in ignored if name.startswith(PATTERN)]
+    except re.error as error:
+        raise CheckpointError(
+            f"{source.path}: config.json's ignore holds {error.pattern!r:.60}, no regular expression; {REMEDY}"
+        ) from None
     for name in source.parameters:
         matrix = None if expert_matrices(source, name) else linear_matrix(source, name)
         if matrix and matrix.module not in exact and not any(pattern.match(matrix.module) for pattern in patterns):

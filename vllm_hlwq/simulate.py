@@ -144,10 +144,10 @@ def _differences(trace: Trace, slots: int, layers: Sequence[LayerReplay]) -> lis
     if live is None or trace.header.cache_size != slots:
         return None
     return [
-        f"{layer.name}: {name} {live[layer.name][name]} live, {count} simulated"
+        f"{layer.name}: {name} {live.get(layer.name, {}).get(name)} live, {count} simulated"
         for layer in layers
         for name, count in layer.counters.items()
-        if live[layer.name][name] != count
+        if live.get(layer.name, {}).get(name) != count
     ]
 
 

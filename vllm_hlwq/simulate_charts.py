@@ -44,7 +44,7 @@ def hit_rates(report: dict[str, Any]) -> bytes:
     axes.plot(slots, best, color=OPTIMUM, marker="s", markersize=5, linestyle="--", label="optimum (Belady)")
     rates = [row["all"]["hit_rate"] for row in rows]
     axes.plot(slots, rates, color=LRU, marker="o", markersize=5, linewidth=1.8, label="the cache (LRU), all layers")
-    axes.set_title(f"Hit rate by cache size, {report['model']}", loc="left", color=INK)
+    axes.set_title(f"Hit rate by cache size, {report['model']}", loc="left", color=INK, parse_math=False)
     _rates_over_slots(axes, slots)
     axes.legend(frameon=False, fontsize=9)
     return png(figure)
@@ -59,7 +59,7 @@ def layers(report: dict[str, Any]) -> bytes:
     for row, colour, marker in zip(shown, PALETTE, "osD^v", strict=False):
         rates = [layer["all"]["hit_rate"] for layer in row["layers"]]
         axes.plot(range(len(rates)), rates, color=colour, marker=marker, markersize=5, label=f"{row['slots']} slots")
-    axes.set_title(f"Hit rate by layer, {report['model']}", loc="left", color=INK)
+    axes.set_title(f"Hit rate by layer, {report['model']}", loc="left", color=INK, parse_math=False)
     axes.set_xlabel("mixture-of-experts layer")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     _rates(axes)
@@ -83,7 +83,7 @@ def tokens_per_second(report: dict[str, Any]) -> bytes:
     step = report["resident_step_seconds"]
     beside = f"and {step * 1000:g} ms a step" if step else "alone"
     link = f"{report['link_bytes_per_second'] / 1e9:g} GB/s {beside}"
-    axes.set_title(f"Decoding at a link of {link}, {report['model']}", loc="left", color=INK)
+    axes.set_title(f"Decoding at a link of {link}, {report['model']}", loc="left", color=INK, parse_math=False)
     axes.set_ylabel("tokens per second")
     axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     _plain(axes)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .checkpoint.conversion import readable
 from .simulate import Replay
 from .trace import STATES
+
+MOST_COLUMNS = 10_000
 
 
 def print_report(report: dict[str, Any], replays: Sequence[Replay]) -> None:
@@ -28,9 +31,12 @@ def print_report(report: dict[str, Any], replays: Sequence[Replay]) -> None:
     )
     if report["state"] != "ended":
         console.print(f"The trace {STATES[report['state']]}.")
-    console.print(_totals(report, "all"))
-    console.print(_totals(report, "decode"))
-    console.print(_by_layer(report))
+    tables = [_totals(report, "all"), _totals(report, "decode"), _by_layer(report)]
+    # Where there is no room, figures would be cut and names of layers left out; a wide line is only broken.
+    unlimited = console.options.update(max_width=MOST_COLUMNS)
+    console.width = max(console.width, *(Measurement.get(console, unlimited, table).maximum for table in tables))
+    for table in tables:
+        console.print(table)
     for replay in replays:
         if replay.differences is not None:
             console.print(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -41,6 +41,9 @@ STATES: dict[str, str] = {
 }
 """What became of a recording, by its state."""
 
+MOST_EXPERTS = 2**15 - 1
+"""Of a layer: ids are at most 16 bits wide."""
+
 Array = npt.NDArray[Any]
 
 
@@ -58,10 +61,10 @@ class TraceLayer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    experts: int
-    top_k: int
-    record_bytes: int
-    global_experts: int | None = None
+    experts: int = Field(ge=1, le=MOST_EXPERTS)
+    top_k: int = Field(ge=1, le=MOST_EXPERTS)
+    record_bytes: int = Field(ge=0)
+    global_experts: int | None = Field(default=None, ge=1)
 
     @property
     def everywhere(self) -> int:
@@ -89,7 +92,7 @@ class Header(BaseModel):
     rank: int
     backend: str
     cache_size: int
-    layers: tuple[TraceLayer, ...]
+    layers: tuple[TraceLayer, ...] = Field(min_length=1)
     counters: dict[str, dict[str, int]] | None = None
 
 
@@ -164,6 +167,9 @@ class Trace:
                 arrays = [file.get_tensor(name) for name in ("step", "layer", "tokens", "expert_ids")]
         except FileNotFoundError:
             raise TraceError(f"{path}: no such file; give one that --moe-expert-trace recorded") from None
+        except OSError as error:
+            reason = error.strerror or "no ordinary file"
+            raise TraceError(f"{path}: cannot be read ({reason}); give one that --moe-expert-trace recorded") from None
         except (KeyError, SafetensorError) as error:
             raise TraceError(f"{path}: not a trace of expert routing ({_one_line(error)}); record one with "
                              "--moe-expert-trace") from None  # fmt: skip

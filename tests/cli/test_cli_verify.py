@@ -96,6 +96,24 @@ def test_verify_finds_a_wrong_reference(
     assert str(checkpoint) in fails("verify", checkpoint, "--reference", other)
 
 
+def test_weights_too_small_for_a_factor_are_told_and_not_laid_to_the_reference(
+    source: Path, tmp_path: Path, copy: Callable[[Path], Path]
+) -> None:
+    small = copy(source)
+    state = load_file(small / "model.safetensors")
+    name = next(name for name in state if name.endswith("q_proj.weight"))
+    state[name] *= 1e-9
+    save_file(state, small / "model.safetensors")
+    said = succeeds("quantize", small, tmp_path / "out")
+    assert f"{name} is stored as zeros" in said
+    assert f"--keep '{name}'" in said
+    assert f"1.000000  {name}" in succeeds("verify", tmp_path / "out", "--reference", small)
+    state[name].zero_()  # what is not zero where the reference is remains a fault
+    save_file(state, small / "model.safetensors")
+    assert succeeds("verify", tmp_path / "out", "--reference", small)
+    assert "give the model it was made from" in fails("verify", source, "--reference", small)
+
+
 def test_verify_finds_that_the_reference_was_trained_further(
     source: Path, coded: Path, copy: Callable[[Path], Path]
 ) -> None:

@@ -89,8 +89,16 @@ def _license(folder: Path | None) -> dict[str, Any]:
     if folder is None or not (folder / CARD).is_file():
         return {}
     from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError  # what it reads with
 
-    said = metadata_load(folder / CARD) or {}
+    try:
+        said = metadata_load(folder / CARD) or {}
+    except (ValueError, YAMLError) as error:  # also what is not UTF-8
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder / CARD}: its front matter cannot be read ({reason:.120}); mend it, or give --original the hub's "
+            "name alone"
+        ) from None
     return {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
 
 

@@ -19,7 +19,7 @@ from ..checkpoint_files import REMEDY
 from ..errors import CheckpointError
 from ..int4_checkpoint import dequantize_weight
 from .hashes import HashList
-from .sources import Parameter
+from .sources import Parameter, check_finite
 from .tensor_folder import TensorFolder
 
 CODES, SCALES, SHAPE, ZERO_POINTS = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
@@ -194,7 +194,9 @@ class Int4Source:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         stems = self._stems_of.get(name)
         if stems is None:
-            return self._tensor(name).reshape(-1, self.parameters[name].columns)[start:stop]
+            plain = self._tensor(name).reshape(-1, self.parameters[name].columns)[start:stop]
+            check_finite(plain, self.folder, name)
+            return plain
         rows = self.shapes[stems[0]][0]
         return torch.cat(
             [

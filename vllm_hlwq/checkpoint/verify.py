@@ -21,6 +21,9 @@ from .reader import HlwqSource
 from .sources import PlainSource, WeightSource, pieces
 from .tensor_folder import TensorFolder
 
+VANISHING = 2.0**-57
+"""Mean square of weights in blocks of 128 whose norms are 2**-25, which float16 rounds to 0."""
+
 
 @dataclass
 class Report:
@@ -48,11 +51,18 @@ class _Errors:
     def __init__(self) -> None:
         self.error: dict[str, float] = {}
         self.energy: dict[str, float] = {}
+        self.weights: dict[str, int] = {}
 
     def add(self, name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
         difference = (found.double() - wanted.double()).square().sum().item()
         self.error[name] = self.error.get(name, 0.0) + difference
         self.energy[name] = self.energy.get(name, 0.0) + wanted.double().square().sum().item()
+        self.weights[name] = self.weights.get(name, 0) + wanted.numel()
+
+    def _vanishes(self, name: str) -> bool:
+        """Whether these weights are so small that their codes stand for zeros."""
+        energy = self.energy[name]
+        return 0 < energy <= self.weights[name] * VANISHING and self.error[name] <= 1.01 * energy
 
     def fill(self, report: Report) -> None:
         """Put the errors into a report.
@@ -62,7 +72,7 @@ class _Errors:
         """
         report.identical = sum(error == 0 for error in self.error.values())
         report.errors = {n: e / self.energy[n] if self.energy[n] else math.inf for n, e in self.error.items() if e}
-        unlike = next((name for name, error in report.errors.items() if error >= 1), None)
+        unlike = next((name for name, error in report.errors.items() if error >= 1 and not self._vanishes(name)), None)
         if unlike is not None:
             raise CheckpointError(
                 f"{report.path}: {unlike} has a relative mean squared error of {report.errors[unlike]:.3g} against "

@@ -50,6 +50,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,19 +81,28 @@ class FolderWriter:
     """
 
     def __init__(self, out: Path, task: dict[str, Any], groups: list[Group], shard_bytes: int = SHARD_BYTES) -> None:
+        self.out = out if out.name not in ("", "..") else out.resolve()
+        self.work = self.out.with_name(self.out.name + ".partial")
+        self._task = json.loads(json.dumps(task))
+        self._take_back()
         if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
             raise CheckpointError(f"{out}: exists and is not an empty folder; choose another")
         if out.resolve().is_mount():
             raise CheckpointError(f"{out}: is a mount point, which cannot take a folder's place; choose one inside it")
-        self.out = out if out.name not in ("", "..") else out.resolve()
-        self.work = self.out.with_name(self.out.name + ".partial")
         self.shards = shards_of(groups, shard_bytes)
         self._entries: dict[str, Any] = {}
         self._notes: dict[str, Any] = {}
         self._finished: dict[str, _FinishedShard] = {}
         self._held: int | None = None
-        self._task = json.loads(json.dumps(task))
         self._begin()
+
+    def _take_back(self) -> None:
+        """Make a folder an unfinished one again that an equal task had named, but not finished, when it was killed."""
+        progress = self.out / _PROGRESS
+        if self.out.is_symlink() or os.path.lexists(self.work) or not progress.is_file():
+            return
+        if read_json(progress).get("task") == self._task:
+            self.out.replace(self.work)
 
     def _begin(self) -> None:
         """Make the working folder, or take up the one that an equal task left."""
@@ -103,7 +115,7 @@ class FolderWriter:
             self._lock()
             if progress.is_file():
                 self._resume(progress)
-            elif any(self.work.iterdir()):
+            elif any(path.name != f"{_PROGRESS}.tmp" for path in self.work.iterdir()):
                 raise in_the_way
             else:
                 self._save_progress()
@@ -147,8 +159,10 @@ class FolderWriter:
         write_json(self.work / _PROGRESS, _Progress(task=self._task, shards=self._finished).model_dump())
 
     def _failed(self, path: Path, error: OSError) -> CheckpointError:
+        # The record of progress is written for the sake of a shard, which is what a user knows of.
+        known = error.filename not in (None, str(self.work / _PROGRESS))
         return CheckpointError(
-            f"{error.filename or path}: cannot be written ({error.strerror or error}); "
+            f"{error.filename if known else path}: cannot be written ({error.strerror or error}); "
             "make room or choose another folder, then run the same command: finished shards are kept"
         )
 
@@ -208,6 +222,13 @@ class FolderWriter:
         self._entries.update(finished.tensors)
         self._notes.update(finished.notes)
 
+    def _remove_others(self) -> None:
+        """Remove what an earlier attempt copied: the source may have it no longer."""
+        own = {_PROGRESS, *(shard_name(index, len(self.shards)) for index in range(len(self.shards)))}
+        for path in self.work.iterdir():
+            if path.name not in own and not path.is_dir():
+                path.unlink()
+
     def finish(self, files: dict[str, Any], copies: list[Path]) -> None:
         """Write the index and the other files, read all weights back, and give the folder its name.
 
@@ -219,6 +240,7 @@ class FolderWriter:
             CheckpointError: what was read back is not what was written, or the disk is full.
         """
         try:
+            self._remove_others()
             for path in copies:
                 shutil.copyfile(path, self.work / path.name)
             for name, content in files.items():
