@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -10,7 +11,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +217,23 @@ def test_writers_at_once_never_mix(tmp_path: Path) -> None:
     assert [writer.wait(10) for writer in writers] == [0, 0, 0]
     assert len(seen) > 1
     assert [child.name for child in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_new_file_takes_no_other_s_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse)
+    for name, content in (("fresh", None), ("taken", b"precious")):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with (
+            pytest.raises(FileExistsError) if content else nullcontext(),
+            replacing(path, new=True) as descriptor,
+        ):
+            os.write(descriptor, b"new")
+        assert path.read_bytes() == (content or b"new")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["fresh", "taken"]

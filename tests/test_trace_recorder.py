@@ -209,7 +209,7 @@ def test_what_could_not_be_saved_is_saved_when_there_is_room(
     recorder.start()
     save = Trace.save
 
-    def full(trace: Trace, where: Path) -> None:
+    def full(trace: Trace, where: Path, new: bool) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trace, "save", full)

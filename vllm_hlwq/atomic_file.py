@@ -6,6 +6,7 @@ process that was killed, and the next writer removes it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import uuid
@@ -17,10 +18,14 @@ SUFFIX = ".tmp"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[int]:
+def replacing(path: Path, new: bool = False) -> Iterator[int]:
     """A file descriptor to write with, whose file takes the place of ``path`` when the block ends without an error.
 
     Where ``path`` is a link, what it points to is replaced.
+
+    Args:
+        path: of the file.
+        new: whether something of this name is to be left alone.
 
     Raises:
         OSError: the file cannot be written; ``path`` is as it was, and nothing is left beside it.
@@ -31,12 +36,29 @@ def replacing(path: Path) -> Iterator[int]:
     try:
         yield descriptor
         os.fsync(descriptor)
-        temporary.replace(path)
+        if new:
+            _name(temporary, path)
+        else:
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Rename a file, but never replace one."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def _locked_file(path: Path) -> tuple[Path, int]:

@@ -59,7 +59,8 @@ def create_folder(vllm_config: Any) -> Path:
                 folder.symlink_to(os.path.abspath(shared), target_is_directory=True)
             else:
                 folder.mkdir(mode=0o700)
-                _held[folder] = _locked(folder)
+                with suppress(OSError):  # a file system without locks: then nothing is ever taken for abandoned either
+                    _held[folder] = _locked(folder)
         except FileExistsError:
             vllm_config.instance_id = uuid.uuid4().hex
         else:
@@ -107,7 +108,8 @@ def _remove(folder: Path, owner: int) -> None:
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(_held.pop(folder))
+        if folder in _held:
+            os.close(_held.pop(folder))
 
 
 def _allocated(path: Path) -> MmapedDict:

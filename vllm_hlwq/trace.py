@@ -144,14 +144,18 @@ class Trace:
     def _top_k(self) -> Array:
         return np.array([layer.top_k for layer in self.header.layers], dtype=np.int64)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, new: bool = False) -> None:
         """Write the file, under its name only when it is whole and on the disk.
+
+        Args:
+            path: of the file.
+            new: whether something of this name is to be left alone.
 
         Raises:
             OSError: the disk is full, or the file cannot be written.
         """
         tensors = {"step": self.step, "layer": self.layer, "tokens": self.tokens, "expert_ids": self.expert_ids}
-        with replacing(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
+        with replacing(path, new) as descriptor, open(descriptor, "wb", closefd=False) as file:
             file.write(save(tensors, metadata={"trace": self.header.model_dump_json()}))
 
     @classmethod

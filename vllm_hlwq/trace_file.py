@@ -6,7 +6,6 @@ at any moment, and not only after a shutdown.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from .errors import ExpertCacheError
 from .options import flag
 from .routing_log import RoutingLog
-from .trace import Header, State, Trace
+from .trace import Header, State
 from .vllm_compat import borrow
 
 logger = borrow("init_logger")("vllm.expert_cache")
@@ -77,30 +76,18 @@ class TraceFile:
                 return
             trace = self.log.trace(self._header.model_copy(update={"state": self.state, "counters": counters}))
             try:
-                self._write(trace)
+                trace.save(self.path, new=not self.is_ours)
             except OSError as error:
                 raise ExpertCacheError(
                     f"{flag('trace')} {self.path} could not be written: {error.strerror or error}; what it held before "
                     "is unchanged, and it is tried again: make room, or move what is in the way"
                 ) from None
-            self._saved = now
+            self._saved, self.is_ours = now, True
         if self.state != "running":
             logger.info(
                 "Expert trace: %s: %d steps, %d bytes, state %s",
                 self.path, trace.num_steps, trace.nbytes, trace.header.state,
             )  # fmt: skip
-
-    def _write(self, trace: Trace) -> None:
-        if self.is_ours:
-            trace.save(self.path)
-            return
-        os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # fails if there is something
-        try:
-            trace.save(self.path)
-        except BaseException:
-            self.path.unlink(missing_ok=True)
-            raise
-        self.is_ours = True
 
     def save_or_log(self, counters: Counters | None = None) -> None:
         """As ``save``; a failure is logged, the same one once."""

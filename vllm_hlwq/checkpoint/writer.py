@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,9 @@ class FolderWriter:
         progress = self.out / _PROGRESS
         if self.out.is_symlink() or os.path.lexists(self.work) or not progress.is_file():
             return
-        if read_json(progress).get("task") == self._task:
-            self.out.replace(self.work)
+        with suppress(CheckpointError):  # what is unreadable is not ours to take
+            if read_json(progress).get("task") == self._task:
+                self.out.replace(self.work)
 
     def _begin(self) -> None:
         """Make the working folder, or take up the one that an equal task left."""
