@@ -116,6 +116,25 @@ def test_there_is_nothing_to_decode_in_a_16_bit_model(hf_folders: dict[str, Fold
         load(hf_folders["llama"].original, "decode")
 
 
+def test_options_that_a_16_bit_model_has_no_use_for_are_refused(hf_folders: dict[str, Folders]) -> None:
+    source = hf_folders["llama"].original
+    with pytest.raises(CheckpointError, match="lacks nothing; leave HLWQConfig's base_model out"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=HLWQConfig(base_model=str(source)))
+    given = {"quant_method": "polarengine", "bits": 4, "fit": "norm", "codebook": "A"}
+    with pytest.raises(CheckpointError, match="a dictionary cannot say codebook, fit; give an HLWQConfig"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=given)
+    for kept in ("lm_head", [3]):
+        with pytest.raises(CheckpointError, match=r"modules_to_not_convert is .*; give a list of parts of names"):
+            HLWQConfig(modules_to_not_convert=kept)
+
+
+def test_a_dictionary_says_bits_and_exceptions(hf_folders: dict[str, Folders]) -> None:
+    given = {"quant_method": "polarengine", "bits": 4, "modules_to_not_convert": ["lm_head"]}
+    model = AutoModelForCausalLM.from_pretrained(hf_folders["llama"].original, quantization_config=given)
+    assert model.get_input_embeddings().layouts["weight"].bits == 4
+    assert not isinstance(model.lm_head, CodedModule)
+
+
 def test_weights_that_cannot_be_coded_are_named(hf_folders: dict[str, Folders], tmp_path: Path) -> None:
     model = load(hf_folders["llama"].original)
     model.model.layers[0].mlp.up_proj.weight.data[3, 5] = torch.nan
@@ -132,6 +151,50 @@ def test_gradients_reach_activations(hf_folders: dict[str, Folders]) -> None:
         model(inputs_embeds=embedded).logits.square().sum().backward()
         grads.append(embedded.grad)
     assert float((grads[0] - grads[1]).norm() / grads[1].norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_models_dtype_can_be_changed(dtype: torch.dtype, name: str, hf_folders: dict[str, Folders]) -> None:
+    model, wanted = (load(hf_folders[name].coded, "coded", dtype=kind) for kind in (torch.bfloat16, dtype))
+    model.to(dtype)
+    assert model.get_input_embeddings().weight.dtype == dtype
+    found, expected = logits(model), logits(wanted)
+    assert found.dtype == dtype
+    # gemma4 has buffers that BF16 has rounded.
+    assert float((found - expected).float().norm() / expected.float().norm()) < 0.02
+
+
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_inference_mode_and_what_follows_it(tokens: int, hf_folders: dict[str, Folders]) -> None:
+    model = load(hf_folders["llama"].coded, "coded")
+    ids, threads = torch.randint(2, 500, (1, tokens)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            found = model(ids).logits
+        with torch.no_grad():
+            after = model(ids).logits
+        embedded = model.get_input_embeddings()(ids).requires_grad_()
+        model(inputs_embeds=embedded).logits.float().sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, after)
+    assert embedded.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_ids_that_embeddings_have_no_row_for(name: str, hf_folders: dict[str, Folders]) -> None:
+    """As torch has it; and no ids are no rows."""
+    coded, plain = (load(hf_folders[name].coded, mode).get_input_embeddings() for mode in ("coded", "decode"))
+    ids = torch.tensor([[0, 511], [7, 7]], dtype=torch.int32)
+    assert torch.equal(coded(ids), plain(ids))
+    for wrong in (-1, -100, 512):
+        for embeddings in (coded, plain):
+            with pytest.raises(IndexError, match="out of range"):
+                embeddings(torch.tensor([[3, wrong]]))
+    for shape in ((0,), (2, 0), (0, 5)):
+        assert torch.equal(coded(torch.zeros(shape, dtype=torch.long)), plain(torch.zeros(shape, dtype=torch.long)))
 
 
 def test_a_copy_computes_the_same(hf_folders: dict[str, Folders]) -> None:
@@ -167,19 +230,15 @@ def test_a_model_that_asks_a_weight_for_its_device_gets_that_of_the_codes(tmp_pa
 def test_a_weight_that_is_kept_as_codes_is_not_computed_with(hf_folders: dict[str, Folders]) -> None:
     model = load(hf_folders["llama"].coded, "coded")
     before, weight = logits(model), model.lm_head.weight
-    assert (weight.shape, weight.dtype, weight.ndim) == (
-        (model.config.vocab_size, model.config.hidden_size),
-        torch.bfloat16,
-        2,
-    )
-    assert weight[3:7].T.shape == (model.config.hidden_size, 4)
-    assert [part.shape[0] for part in weight.data.chunk(2)] == [model.config.vocab_size // 2] * 2
+    assert (weight.shape, weight.dtype, weight.ndim) == ((512, 160), torch.bfloat16, 2)
+    assert weight[3:7].T.shape == (160, 4)
+    assert [part.shape[0] for part in weight.data.chunk(2)] == [256, 256]
     weight.data.normal_()
     weight.data[3].zero_()
     for compute in (
-        lambda: torch.nn.functional.linear(torch.ones(1, weight.shape[1], dtype=torch.bfloat16), weight),
+        lambda: torch.nn.functional.linear(torch.ones(1, 160, dtype=torch.bfloat16), weight),
         lambda: weight.float(),
-        lambda: weight.data.copy_(torch.zeros_like(torch.empty(weight.shape))),
+        lambda: weight.data.copy_(torch.zeros(512, 160)),
         lambda: weight.data.mul_(2),
         lambda: torch.cat(tensors=[weight, weight]),
     ):
@@ -188,37 +247,25 @@ def test_a_weight_that_is_kept_as_codes_is_not_computed_with(hf_folders: dict[st
     assert torch.equal(logits(model), before)
 
 
-def test_inference_mode_and_what_comes_after_it(hf_folders: dict[str, Folders]) -> None:
-    model = load(hf_folders["qwen3_moe"].coded, "coded")
-    wanted = logits(model)
-    long = IDS.repeat(1, 20)
-    with torch.inference_mode():
-        assert torch.equal(model(input_ids=IDS).logits, wanted)
-        found = model(input_ids=long).logits
-    assert torch.equal(logits(model), wanted)
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=long).logits, found)
+@pytest.mark.parametrize("kept", [[], ["embed_tokens"], ["lm_head"]])
+def test_a_coded_model_keeps_its_number_of_tokens(kept: list[str], hf_folders: dict[str, Folders]) -> None:
+    options = HLWQConfig(fit="norm", modules_to_not_convert=kept)
+    model = AutoModelForCausalLM.from_pretrained(hf_folders["llama"].original, quantization_config=options)
+    before = logits(model)
+    for owner in (model, copy.deepcopy(model)):
+        for wanted in ({"mean_resizing": False}, {"pad_to_multiple_of": 64}, {}):
+            with pytest.raises(CheckpointError, match=r"512 tokens cannot become 5\d\d .*mode='decode'") as caught:
+                owner.resize_token_embeddings(520, **wanted)
+            assert "\n" not in str(caught.value)
+        owner.resize_token_embeddings(512)
+        owner.resize_token_embeddings(pad_to_multiple_of=128)
+        assert owner.config.vocab_size == 512
+        assert torch.equal(logits(owner), before)
 
 
-def test_what_is_decoded_follows_a_change_of_the_model_s_dtype(hf_folders: dict[str, Folders]) -> None:
-    folders = hf_folders["qwen3_moe"]
-    found = logits(load(folders.coded, "coded").to(torch.float16))
-    wanted = logits(load(folders.decoded, dtype=torch.float16)).float()
-    assert found.dtype == torch.float16
-    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.02
-
-
-def test_an_embedding_has_no_rows_before_the_first(hf_folders: dict[str, Folders]) -> None:
-    embeddings = load(hf_folders["llama"].coded, "coded").get_input_embeddings()
-    with pytest.raises(IndexError, match="index -3 is out of range of 512 embeddings"):
-        embeddings(torch.tensor([[1, -3]]))
-    assert embeddings(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 160)
-
-
-def test_options_that_a_16_bit_model_would_not_heed_are_refused(hf_folders: dict[str, Folders]) -> None:
-    with pytest.raises(CheckpointError, match="modules_to_not_convert is 'lm_head'; give a list of names"):
-        HLWQConfig(modules_to_not_convert="lm_head")
-    original = hf_folders["llama"].original
-    options = HLWQConfig(base_model=str(original))
-    with pytest.raises(CheckpointError, match="is not coded, so nothing is missing that HLWQConfig's base_model"):
-        AutoModelForCausalLM.from_pretrained(original, quantization_config=options)
+def test_embeddings_and_output_in_16_bit_can_be_resized(hf_folders: dict[str, Folders]) -> None:
+    options = HLWQConfig(fit="norm", modules_to_not_convert=["embed_tokens", "lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(hf_folders["llama"].original, quantization_config=options)
+    before = logits(model)
+    model.resize_token_embeddings(520, mean_resizing=False)
+    assert torch.equal(logits(model)[..., :512], before)

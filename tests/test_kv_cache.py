@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,6 +126,23 @@ def test_threads_share_the_history_out(tokens: int, threads: int) -> None:
     assert (answer - attention(query, *(tensor.double() for tensor in plain))).abs().max() < 1e-5
 
 
+def test_a_process_that_was_forked_has_threads_of_its_own() -> None:
+    code = """
+import os, signal, torch
+from vllm_hlwq.kv_cache.kernels import run_shares
+torch.set_num_threads(2)
+seen = []
+run_shares(lambda share, start, stop: seen.append(stop - start), 2048)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    run_shares(lambda share, start, stop: seen.append(stop - start), 2048)
+    os._exit(0 if sum(seen) == 4096 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models(dtype: torch.dtype) -> None:
     keys, values = (both.to(dtype) for both in states(2, 2, 300, 128))
@@ -135,6 +154,22 @@ def test_16_bit_models(dtype: torch.dtype) -> None:
     expected = attention(query, *(dense(layer, side, both) for side, both in enumerate((keys, values))))
     assert (answer - expected).abs().max() < 2**-7
     assert got[0].decode().dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_the_dtype_of_what_attention_gives_as_torchs_does(dtype: torch.dtype) -> None:
+    """Keys in float32, as rotary embeddings leave them there, and values in autocast's dtype."""
+    keys, values = states(2, 2, 300, 64)
+    values = values.bfloat16()
+    query, layer = torch.randn(2, 4, 1, 64).to(dtype), new_layer()
+    expected = attention(query, *(tensor.decode().double() for tensor in fill(new_layer(), keys, values, (299, 1))))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fill(layer, keys, values, (299, 1))
+        answer = scaled_dot_product_attention(query, *got, enable_gqa=True)
+        plain = scaled_dot_product_attention(query, *(tensor.decode() for tensor in got), enable_gqa=True)
+    assert [tensor.dtype for tensor in got] == [torch.float32, torch.bfloat16]
+    assert answer.dtype == plain.dtype == torch.bfloat16
+    assert (answer - expected).abs().max() < 2**-7
 
 
 def visible(kind: str, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,11 +220,8 @@ def test_any_other_operation_gets_the_decoded_tensor() -> None:
     assert torch.equal(got[torch.tensor([1])], plain[1:])
     assert torch.equal(torch.matmul(plain, got.transpose(2, 3)), torch.matmul(plain, plain.transpose(2, 3)))
     assert torch.equal(torch.cat([got, plain]), torch.cat([plain, plain]))
-
-
-def test_an_operation_that_names_all_its_arguments_gets_the_decoded_tensor() -> None:
-    got, _ = fill(new_layer(), *states(2, 2, 200, 64), (199, 1))
-    assert torch.equal(torch.cat(tensors=[got, got]), torch.cat([got.decode()] * 2))
+    assert torch.equal(torch.cat(tensors=[got, plain], dim=1), torch.cat([plain, plain], dim=1))
+    assert torch.equal(torch.repeat_interleave(input=got, repeats=2, dim=1), plain.repeat_interleave(2, dim=1))
 
 
 def test_many_queries_are_answered_from_decoded_keys() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -218,10 +219,12 @@ def test_layers_follow_the_configuration() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(KVCacheError, match="bits=5: choose 2, 3 or 4"):
-        HLWQCache(llama(), bits=5)
-    with pytest.raises(KVCacheError, match="residual_window=-1"):
-        HLWQCache(llama(), residual_window=-1)
+    for bits in (5, "3", 3.0, [3]):
+        with pytest.raises(KVCacheError, match=re.escape(f"bits={bits!r}: choose 2, 3 or 4")):
+            HLWQCache(llama(), bits=bits)
+    for window in (-1, "128", 12.5, True, None):
+        with pytest.raises(KVCacheError, match=re.escape(f"residual_window={window!r}: give a number of tokens")):
+            HLWQCache(llama(), residual_window=window)
     config = llama()
     config.layer_types = ["full_attention", "hybrid"]
     with pytest.raises(KVCacheError, match="layers of kind hybrid cannot be coded"):

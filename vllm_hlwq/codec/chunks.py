@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -86,7 +86,8 @@ def for_ranges(work: Callable[[int, int], Result], rows: int, step: int, threads
     """``work(start, stop)`` for ranges of ``step`` rows that cover all; results in order of rows.
 
     Args:
-        work: called on several threads at once; in the caller's, if there is one thread or one range.
+        work: called on several threads at once, in the caller's inference and grad mode; in the caller's thread, if
+            there is one thread or one range.
         rows: of all ranges.
         step: rows of one.
         threads: that work at once.
@@ -98,24 +99,23 @@ def for_ranges(work: Callable[[int, int], Result], rows: int, step: int, threads
     threads = min(threads, len(ranges))
     if threads <= 1:
         return [work(*each) for each in ranges]
-    pool = _pool(threads, _cpus.get())
-    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def work_as_caller(start: int, stop: int) -> Result:
-        """Torch's modes are each thread's own."""
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return work(start, stop)
 
-    running: list[Future[Result]] = []
+    pool, running = _pool(threads, _cpus.get()), []
     try:
-        running.extend(pool.submit(work_as_caller, *each) for each in ranges)
+        for each in ranges:
+            running.append(pool.submit(work_as_caller, *each))
         wait(running)  # all of them, also after one has failed: they work in the caller's memory
-    except BaseException:  # an interrupt: that memory is the next call's too
-        for each in running:
-            each.cancel()
+    except BaseException:  # an interrupt: the next call works in the same memory
+        for future in running:
+            future.cancel()
         wait(running)
         raise
-    return [each.result() for each in running]
+    return [future.result() for future in running]
 
 
 def for_each_chunk(

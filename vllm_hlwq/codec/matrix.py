@@ -53,6 +53,7 @@ def quantize_matrix(
     Raises:
         ValueError: a weight is not finite, or a block's norm exceeds float16; the message says from which row on.
     """
+    weight = weight.detach()  # working memory that it is copied to would want gradients from then on
     rows, in_features = weight.shape
     blocks = blocks_of(in_features, coder.block_size)
     row_bytes = packed_size(blocks * coder.block_size, coder.bits)

@@ -28,7 +28,7 @@ class Scratch:
         key = (name, tuple(shape), dtype)
         view = self._views.get(key)
         if view is None:
-            with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            with torch.inference_mode(False):  # what is made in it can be written to nowhere else
                 view = self._buffer(name, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
             self._views[key] = view
         return view

@@ -51,9 +51,11 @@ class HLWQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.fit = fit
         self.modules_to_not_convert = modules_to_not_convert
         self.block_size = BLOCK_SIZE
-        if isinstance(modules_to_not_convert, str):
+        self.left_out: list[str] = []
+        parts = modules_to_not_convert or []
+        if isinstance(parts, str) or not all(isinstance(part, str) for part in parts):
             raise CheckpointError(
-                f"HLWQConfig: modules_to_not_convert is {modules_to_not_convert!r}; give a list of names"
+                f"HLWQConfig: modules_to_not_convert is {parts!r}; give a list of parts of names, as ['lm_head']"
             )
         for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
@@ -62,9 +64,13 @@ class HLWQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The configuration that a checkpoint states; how it is packed is for the checkpoint's reader to judge."""
+        """The configuration that a checkpoint states; how it is packed is for the checkpoint's reader to judge.
+
+        ``left_out`` names what only a user can mean; a checkpoint may use these words for something else.
+        """
         names = ("bits", "mode", "modules_to_not_convert")
         config = cls(**{name: config_dict[name] for name in names if config_dict.get(name) is not None})
+        config.left_out = [name for name in ("base_model", "codebook", "fit") if config_dict.get(name) is not None]
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
 

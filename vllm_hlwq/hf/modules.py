@@ -6,9 +6,9 @@ A module keeps its class, of which it becomes an instance of a subclass: models 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -54,8 +54,8 @@ class AbsentWeight(torch.Tensor):
             views = function(torch.empty(own.shape, dtype=own.dtype, device="meta"), *arguments[1:], **(options or {}))
             return tree_map_only(torch.Tensor, lambda view: cls(view.shape, view.dtype, device), views)
         raise CheckpointError(
-            f"{name.removeprefix('aten::')}: the model computes with a weight that is kept as codes; leave it in "
-            "16 bit with HLWQConfig(modules_to_not_convert=[...]), or load with mode='decode'"
+            f"{name.removeprefix('aten::')}: the model computes with a weight that is kept as codes; leave it in 16 "
+            "bit with HLWQConfig(modules_to_not_convert=[...]), or load with mode='decode'"
         )
 
 
@@ -73,6 +73,12 @@ class CodedModule(nn.Module):
         """Packed codes uint8 ``[..., rows, row_bytes]`` and norms int16 ``[..., rows, blocks]`` of a weight."""
         return getattr(self, name + PACKED), getattr(self, name + NORMS)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What changes a model's dtype changes the weights' too, of which codes, integers, know nothing."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
     def __getattr__(self, name: str) -> Any:
         """The weight without data: models ask a layer's weight for its dtype, shape or device."""
         layout = self.__dict__.get("layouts", {}).get(name)
@@ -80,12 +86,6 @@ class CodedModule(nn.Module):
             return super().__getattr__(name)
         packed = self.codes(name)[0]
         return AbsentWeight((*packed.shape[:-1], layout.in_features), self.weight_dtype, packed.device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Also the dtype of what is decoded follows ``model.to(dtype)``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return self
 
 
 class CodedLinear(CodedModule, nn.Linear):
@@ -98,10 +98,8 @@ class CodedEmbedding(CodedModule, nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         packed, norms = self.codes("weight")
         ids = input.reshape(-1)
-        if ids.device.type == "cpu" and bool((ids < 0).any()):
-            raise IndexError(f"index {int(ids.min())} is out of range of {len(packed)} embeddings")
-        rows = decode(packed[ids], norms[ids], self.layouts["weight"], self.weight_dtype)
-        return rows.view(*input.shape, self.embedding_dim)
+        chosen = packed.index_select(0, ids), norms.index_select(0, ids)  # raises for negative ids, as torch's does
+        return decode(*chosen, self.layouts["weight"], self.weight_dtype).view(*input.shape, self.embedding_dim)
 
 
 class CodedExperts(CodedModule):
@@ -141,6 +139,42 @@ class CodedExperts(CodedModule):
 
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def keep_vocabulary(model: Any) -> None:
+    """Have a model whose tokens' embeddings or output layer are coded refuse to get another number of tokens.
+
+    In place of the model's own method, before which nothing has changed. It knows nothing of the model, so that copies
+    of it may share it.
+    """
+    try:
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # what has no tokens
+        return
+    if any(isinstance(layer, CodedModule) for layer in layers):
+        model._get_resized_embeddings = keep_rows
+
+
+def keep_rows(
+    old_embeddings: nn.Embedding,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Embedding:
+    """The embeddings as they are.
+
+    Raises:
+        CheckpointError: other than their own number of rows is wanted.
+    """
+    rows = len(old_embeddings.weight)
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    wanted += -wanted % (pad_to_multiple_of or 1)
+    if wanted != rows:
+        raise CheckpointError(
+            f"resize_token_embeddings: {rows} tokens cannot become {wanted} where weights are kept as codes; load with "
+            "HLWQConfig(mode='decode'), or a 16-bit model with modules_to_not_convert=['embed_tokens', 'lm_head']"
+        )
+    return old_embeddings
 
 
 @cache

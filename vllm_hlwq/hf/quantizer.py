@@ -45,6 +45,9 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         from ..checkpoint.reader import is_hlwq
         from ..checkpoint.tensor_folder import POLAR_STATE
 
+        if not self.pre_quantized and self.quantization_config.left_out:
+            named = ", ".join(self.quantization_config.left_out)
+            raise CheckpointError(f"quantization_config: a dictionary cannot say {named}; give an HLWQConfig instead")
         folder = Path(config.name_or_path or "")
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if POLAR_STATE in names and not any(name.startswith("model") and ".safetensors" in name for name in names):
@@ -58,8 +61,7 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             if self.quantization_config.base_model is not None:
                 raise CheckpointError(
-                    f"{config.name_or_path}: is not coded, so nothing is missing that HLWQConfig's base_model "
-                    f"{self.quantization_config.base_model} could give; leave it out"
+                    f"{config.name_or_path}: is not coded, so it lacks nothing; leave HLWQConfig's base_model out"
                 )
             self.quantization_config.mode = "coded"
         return config
@@ -135,6 +137,7 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ..checkpoint.metadata import AUTO_MAP
         from ..checkpoint.tensor_folder import POLAR_STATE
+        from .modules import keep_vocabulary
 
         self._source = None
         for name, value in (("transformers_weights", POLAR_STATE), ("auto_map", AUTO_MAP)):
@@ -143,6 +146,7 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized or not self.quantization_config.dequantize:
             # Undone by ``saving``: transformers would not know how to split and name codes.
             self._conversions, model._weight_conversions = model._weight_conversions, []
+            keep_vocabulary(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -46,7 +46,7 @@ class Side(NamedTuple):
 def attend(
     query: torch.Tensor, keys: Side, values: Side, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Scaled dot-product attention on a CPU, summed in float32, also under autocast.
+    """Scaled dot-product attention on a CPU, summed in float32.
 
     Args:
         query: ``[batch, query heads, rows, head_dim]``; query heads are a multiple of the key-value heads.
@@ -57,15 +57,18 @@ def attend(
         scale: of the scores; by default the inverse root of ``head_dim``.
 
     Returns:
-        ``[batch, query heads, rows, the values' head_dim]`` of the query's dtype. A row that may look nowhere is zero.
+        ``[batch, query heads, rows, the values' head_dim]`` of the query's dtype, or autocast's as torch's own. A row
+        that may look nowhere is zero.
     """
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     with torch.autocast("cpu", enabled=False):
-        return _attend(query, keys, values, mask, scale)
+        return _attend(query, keys, values, mask, scale).to(dtype)
 
 
 def _attend(
     query: torch.Tensor, keys: Side, values: Side, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
+    """``attend`` in float32."""
     batch, heads, tokens, _ = keys.shape
     queries = query.float() * (scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
     shape = (batch, heads, query.shape[1] // heads, query.shape[2], tokens)
@@ -79,7 +82,7 @@ def _attend(
     total = weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
     result = _history_mix(weights, values)
     result += torch.matmul(weights[..., values.coded :], values.exact.float())
-    return (result / total).view(*query.shape[:3], -1).to(query.dtype)
+    return (result / total).view(*query.shape[:3], -1)
 
 
 def _apply_mask(scores: torch.Tensor, mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:

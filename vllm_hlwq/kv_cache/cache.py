@@ -39,9 +39,9 @@ class HLWQCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, config: Any, bits: int = 3, residual_window: int = 128, attend_coded: bool = True) -> None:
-        if bits not in BITS or not isinstance(bits, int):
+        if not isinstance(bits, int) or bits not in BITS:
             raise KVCacheError(f"bits={bits!r}: choose 2, 3 or 4")
-        if not isinstance(residual_window, int) or residual_window < 0:
+        if not isinstance(residual_window, int) or isinstance(residual_window, bool) or residual_window < 0:
             raise KVCacheError(f"residual_window={residual_window!r}: give a number of tokens, 0 or more")
         self.bits = bits
         self._coders: dict[tuple[int, torch.device], VectorCoder] = {}

@@ -74,8 +74,8 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         both = (key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._dtypes = [states.dtype for states in both]  # autocast leaves keys in float32 and values in 16 bit
         self._sizes = [(*states.shape[:2], states.shape[3]) for states in both]
+        self._dtypes = [states.dtype for states in both]  # under autocast they differ
         with torch.inference_mode(False):
             self._coded = tuple(  # type: ignore[assignment]
                 CodedVectors(self._coders(head_dim, self.device), batch, heads)
@@ -94,7 +94,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]
         reordered or reset.
 
         Raises:
-            KVCacheError: shapes or dtype differ from the first call's, gradients are wanted, or values are not finite.
+            KVCacheError: shapes or dtypes differ from the first call's, gradients are wanted, or values are not finite.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
