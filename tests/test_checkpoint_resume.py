@@ -175,6 +175,20 @@ def test_a_kill_at_either_end_is_taken_up(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_conversion_that_is_being_finished_is_left_alone(tmp_path: Path) -> None:
+    writer = FolderWriter(tmp_path / "out", {}, [plan("a")])
+    writer.run(produce, lambda _: None)
+    writer.work.rename(writer.out)  # as it does last but one
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        FolderWriter(tmp_path / "out", {}, [plan("a")])
+    assert (tmp_path / "out/model.safetensors").exists()
+    writer.release()
+    again = FolderWriter(tmp_path / "out", {}, [plan("a")])
+    again.run(lambda _: pytest.fail("a finished shard was made again"), lambda _: None)
+    again.finish({"config.json": {}}, [])
+    assert tensors(tmp_path / "out").keys() == {"a"}
+
+
 def test_what_the_source_has_no_longer_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "old.txt").write_text("old")
     writer = FolderWriter(tmp_path / "out", {}, [plan("a")])

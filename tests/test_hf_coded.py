@@ -233,6 +233,8 @@ def test_a_weight_that_is_kept_as_codes_is_not_computed_with(hf_folders: dict[st
     assert (weight.shape, weight.dtype, weight.ndim) == ((512, 160), torch.bfloat16, 2)
     assert weight[3:7].T.shape == (160, 4)
     assert [part.shape[0] for part in weight.data.chunk(2)] == [256, 256]
+    assert torch.empty_like(weight).shape == weight.new_zeros(weight.shape).shape == weight.shape
+    assert torch.ones_like(weight, dtype=torch.float32).sum() == weight.numel()
     weight.data.normal_()
     weight.data[3].zero_()
     for compute in (

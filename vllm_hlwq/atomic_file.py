@@ -31,6 +31,8 @@ def replacing(path: Path, new: bool = False) -> Iterator[int]:
         OSError: the file cannot be written; ``path`` is as it was, and nothing is left beside it.
     """
     path = Path(os.path.realpath(path))
+    if new and os.path.lexists(path):
+        raise _exists(path)
     _remove_abandoned(path)
     temporary, descriptor = _locked_file(path)
     try:
@@ -47,6 +49,10 @@ def replacing(path: Path, new: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _exists(path: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
 def _name(temporary: Path, path: Path) -> None:
     """Rename a file, but never replace one."""
     try:
@@ -55,7 +61,7 @@ def _name(temporary: Path, path: Path) -> None:
         raise
     except OSError:  # a file system without hard links
         if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            raise _exists(path) from None
         temporary.replace(path)
     else:
         temporary.unlink()

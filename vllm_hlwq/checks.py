@@ -49,11 +49,12 @@ def check_engine_config(vllm_config: Any, options: ExpertCacheOptions) -> None:
 
 
 def _check_places_of_files(vllm_config: Any, options: ExpertCacheOptions) -> None:
-    """What the first worker would refuse too, but from among the tracebacks of the processes that end with it."""
+    """What workers would refuse too, but from among the tracebacks of the processes that end with it."""
     if parent_process() is not None or vllm_config.parallel_config.node_rank:
         return  # a part of a server that has been checked, and may record already; or another machine has the files
     if options.trace is not None:
-        check_trace_file(options.trace, 0, vllm_config)
+        for rank in range(vllm_config.parallel_config.world_size):
+            check_trace_file(options.trace, rank, vllm_config)
     if options.store_cache is not None:
         check_folder(options.store_cache)
     if options.profile is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import ExpertCacheError
@@ -24,7 +25,16 @@ SAVE_SECONDS = 5.0
 REST_AFTER_SAVING = 20
 """Times the latest save's duration that the next one waits at least: a large trace takes longer to write."""
 
+Identity = tuple[int, int]
 Counters = dict[str, dict[str, int]]
+
+
+def identity(path: Path) -> Identity | None:
+    """Device and inode of a file; None if there is none."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 class TraceFile:
@@ -33,18 +43,18 @@ class TraceFile:
     Attributes:
         log: what has been recorded; grows in the worker's thread.
         state: what the next save says of it.
-        is_ours: whether a save has made the file; until then nothing of its name is replaced.
+        own: what tells the file that the last save made from any other of its name, which is never replaced.
     """
 
     def __init__(self, path: Path, header: Header, log: RoutingLog, save_seconds: float = SAVE_SECONDS) -> None:
         self.path, self.log = path, log
         self.state: State = "running"
-        self.is_ours = False
+        self.own: Identity | None = None
         self._failure = ""
         self._header, self._save_seconds = header, save_seconds
         self._saved: tuple[int, State] = (0, "running")
         self._writing = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -59,7 +69,8 @@ class TraceFile:
         self._stopped.set()
 
     def wait(self) -> None:
-        """Stop the thread and wait until it has saved."""
+        """Stop the thread and wait until it has tried to save."""
+        self._closing.set()
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -76,21 +87,21 @@ class TraceFile:
                 return
             trace = self.log.trace(self._header.model_copy(update={"state": self.state, "counters": counters}))
             try:
-                trace.save(self.path, new=not self.is_ours)
+                trace.save(self.path, new=self.own is None or identity(self.path) != self.own)
             except OSError as error:
                 raise ExpertCacheError(
                     f"{flag('trace')} {self.path} could not be written: {error.strerror or error}; what it held before "
                     "is unchanged, and it is tried again: make room, or move what is in the way"
                 ) from None
-            self._saved, self.is_ours = now, True
+            self._saved, self.own = now, identity(self.path)
         if self.state != "running":
             logger.info(
                 "Expert trace: %s: %d steps, %d bytes, state %s",
                 self.path, trace.num_steps, trace.nbytes, trace.header.state,
             )  # fmt: skip
 
-    def save_or_log(self, counters: Counters | None = None) -> None:
-        """As ``save``; a failure is logged, the same one once."""
+    def save_or_log(self, counters: Counters | None = None) -> bool:
+        """As ``save``; a failure is logged, the same one once. Whether it could be written."""
         failure = ""
         try:
             self.save(counters)
@@ -99,6 +110,7 @@ class TraceFile:
         if failure and failure != self._failure:
             logger.error("Expert trace: %s", failure)
         self._failure = failure
+        return not failure
 
     def _save_as_it_grows(self) -> None:
         rest = self._save_seconds
@@ -106,5 +118,5 @@ class TraceFile:
             started = time.monotonic()
             self.save_or_log()
             rest = max(self._save_seconds, REST_AFTER_SAVING * (time.monotonic() - started))
-        if self.state != "running":
-            self.save_or_log()
+        while self.state != "running" and not self.save_or_log() and not self._closing.wait(self._save_seconds):
+            pass

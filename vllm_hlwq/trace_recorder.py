@@ -64,14 +64,14 @@ class TraceRecorder:
 
     def start(self) -> None:
         """Begin here, with slots as empty as the counters."""
-        is_ours = False
+        own = None
         if self._file is not None:
             self._file.wait()
-            is_ours = self._file.is_ours
+            own = self._file.own
         if self._ring is not None:
             self._ring.reset()
         self._file = self._new_file(RoutingLog(self._header.layers, self._max_bytes))
-        self._file.is_ours = is_ours
+        self._file.own = own
         self._file.start()
         self._recording = True
         memory = "" if self._ring is None else f", by a buffer of {self._ring.nbytes} bytes on the device"

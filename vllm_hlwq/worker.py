@@ -7,6 +7,7 @@ caches, and answers questions about counters. With a trace, it drives the record
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -164,11 +165,21 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
 
     def save_expert_trace(self) -> str | None:
         """Write the trace with all steps so far and return its path; reachable through vLLM's ``collective_rpc``."""
-        return None if self.trace_recorder is None else self.trace_recorder.save()
+        return None if self.trace_recorder is None else self._saved(self.trace_recorder.save)
 
     def save_expert_profile(self) -> str | None:
         """Save the profile of the slots now and return its path; reachable through vLLM's ``collective_rpc``."""
-        return None if self.warm_start is None else self.warm_start.save()
+        return None if self.warm_start is None else self._saved(self.warm_start.save)
+
+    def _saved(self, save: Callable[[], str | None]) -> str | None:
+        """A save's answer. Of several ranks none may fail: vLLM would leave the others' answers to its next call."""
+        try:
+            return save()
+        except ExpertCacheError as error:
+            if self.vllm_config.parallel_config.world_size == 1:
+                raise
+            logger.error("%s", error)
+            return None
 
     def shutdown(self) -> None:
         if self._publisher is not None:

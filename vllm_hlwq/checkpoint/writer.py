@@ -103,8 +103,20 @@ class FolderWriter:
         if self.out.is_symlink() or os.path.lexists(self.work) or not progress.is_file():
             return
         with suppress(CheckpointError):  # what is unreadable is not ours to take
-            if read_json(progress).get("task") == self._task:
+            if read_json(progress).get("task") == self._task and not self._is_being_finished():
                 self.out.replace(self.work)
+
+    def _is_being_finished(self) -> bool:
+        descriptor = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+        finally:
+            os.close(descriptor)
+        return False
 
     def _begin(self) -> None:
         """Make the working folder, or take up the one that an equal task left."""
@@ -259,6 +271,7 @@ class FolderWriter:
             self.work.replace(self.out)
             # Last, so that a conversion cut off before the folder had its name can still be taken up.
             (self.out / _PROGRESS).unlink()
+            sync(self.out)
             sync(self.out.parent)
         except OSError as error:
             raise self._failed(self.work, error) from None

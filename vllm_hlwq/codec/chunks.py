@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from queue import SimpleQueue
@@ -113,7 +113,9 @@ def for_ranges(work: Callable[[int, int], Result], rows: int, step: int, threads
     except BaseException:  # an interrupt: the next call works in the same memory
         for future in running:
             future.cancel()
-        wait(running)
+        while not all(future.done() for future in running):
+            with suppress(KeyboardInterrupt):  # who interrupts once may do so twice
+                wait(running)
         raise
     return [future.result() for future in running]
 

@@ -19,6 +19,8 @@ from ..errors import CheckpointError
 from .coded_weight import CodeFormat, coded_linear, decode
 
 PACKED, NORMS = "__packed", "__norms"
+MAKING = {f"aten::{name}" for name in ("empty_like", "zeros_like", "ones_like", "new_empty", "new_zeros", "new_ones")}
+"""What asks a weight for its shape, dtype and device alone."""
 FILLING = {"aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_"}
 """How models start a weight; on one that is kept as codes nothing happens."""
 
@@ -49,6 +51,10 @@ class AbsentWeight(torch.Tensor):
         own, name, returns = arguments[0] if arguments else None, function._schema.name, function._schema.returns
         if isinstance(own, cls) and name in FILLING:
             return own
+        if isinstance(own, cls) and name in MAKING:
+            asked = dict(options or {})
+            asked["device"] = asked.get("device") or own.device
+            return function(torch.empty(own.shape, dtype=own.dtype, device="meta"), *arguments[1:], **asked)
         if isinstance(own, cls) and returns and returns[0].alias_info and not returns[0].alias_info.is_write:
             device = own.device
             views = function(torch.empty(own.shape, dtype=own.dtype, device="meta"), *arguments[1:], **(options or {}))
