@@ -83,9 +83,10 @@ class FolderWriter:
 
     def __init__(self, out: Path, task: dict[str, Any], groups: list[Group], shard_bytes: int = SHARD_BYTES) -> None:
         self.out = out if out.name not in ("", "..") else out.resolve()
-        self.work = self.out.with_name(self.out.name + ".partial")
         self._task = json.loads(json.dumps(task))
-        self._take_back()
+        if self.out.name:  # all but the root folder
+            self.work = self.out.with_name(self.out.name + ".partial")
+            self._take_back()
         if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
             raise CheckpointError(f"{out}: exists and is not an empty folder; choose another")
         if out.resolve().is_mount():
