@@ -153,6 +153,16 @@ def test_names_to_ignore_that_are_none(gemma4_bf16: Path, tmp_path: Path, ignore
     assert said in fails("plan", bare)
 
 
+def test_groups_that_are_none_are_refused(gemma4_bf16: Path, tmp_path: Path) -> None:
+    export_int4(gemma4_bf16, tmp_path / "model")
+    bare = without_weights(tmp_path / "model", tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text())
+    for groups in ({"a": 1}, [1], {"a": 1} | config["quantization_config"]["config_groups"]):
+        config["quantization_config"]["config_groups"] = groups
+        (bare / "config.json").write_text(json.dumps(config))
+        assert "is not known from config.json; download the model" in fails("plan", bare)
+
+
 def test_a_name_of_the_hub_is_found_in_its_cache(
     tiny_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
