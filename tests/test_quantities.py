@@ -27,6 +27,8 @@ from vllm_hlwq.quantities import parse_bytes, parse_rate
         ("1e3GiB", None),
         ("", None),
         ("24GB/s", None),
+        ("9" * 5000 + "GiB", None),
+        ("0." + "9" * 5000 + "GiB", None),
     ],
 )
 def test_amounts(text: str, wanted: int | None) -> None:

@@ -11,7 +11,7 @@ UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
-_AMOUNT = re.compile(r"^\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]+)\s*$")
+_AMOUNT = re.compile(r"^\s*(?P<number>\d{1,40}(?:\.\d{1,40})?)\s*(?P<unit>[A-Za-z]+)\s*$")
 _BY_LOWER_CASE = {unit.lower(): factor for unit, factor in UNITS.items()}
 
 

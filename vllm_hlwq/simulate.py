@@ -169,7 +169,7 @@ def parse_slots(text: str) -> list[int]:
         TraceError: the text is no list of whole numbers.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
+    if not all(word.isdecimal() and len(word) <= 40 for word in words):  # int() refuses thousands of digits
         raise TraceError(f"--slots {text}: not a list of whole numbers; give one like 4,8,16")
     return sorted({int(word) for word in words})
 
