@@ -195,3 +195,16 @@ def test_a_table_that_cannot_be_told_must_be_given(coded: Path, tmp_path: Path, 
     succeeds("dequantize", coded, tmp_path / "stored")
     given, stored = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "stored"))
     assert all(torch.equal(given[name], stored[name]) for name in stored)
+
+
+def test_a_side_file_that_leads_out_is_refused_before_the_work(
+    source: Path, coded: Path, copy: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    for command, model in (("quantize", source), ("export", source), ("dequantize", coded)):
+        linked = copy(model)
+        (linked / "vocab.txt").symlink_to("/etc/hostname")
+        out = tmp_path / f"of-{command}"
+        message = fails(command, linked, out)
+        assert message == f"{linked}/vocab.txt: a link that leads out of its folder; copy the file there"
+        assert not out.with_name(f"{out.name}.partial").exists()
+        shutil.rmtree(linked)

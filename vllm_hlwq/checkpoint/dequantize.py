@@ -100,6 +100,7 @@ def dequantize(source: WeightSource, out: Path, shard_bytes: int = SHARD_BYTES) 
     else:
         raise CheckpointError(f"{source.path}: is neither HLWQ nor INT4, so there is nothing to decode")
     groups = [plain_group(source, name) for name in source.parameters]
+    copies = side_files(source)
     writer = FolderWriter(out, task_of(source, "dequantize", options), groups, shard_bytes)
 
     def produce(group: Group) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,7 +108,7 @@ def dequantize(source: WeightSource, out: Path, shard_bytes: int = SHARD_BYTES) 
 
     run_with_progress(writer, source, produce, "decoding to 16 bit")
     config = source.config()
-    writer.finish({"config.json": config} if config else {}, side_files(source))
+    writer.finish({"config.json": config} if config else {}, copies)
     return missing
 
 

@@ -128,9 +128,10 @@ def export_int4(
     """
     export = Int4Export(source, group_size, symmetric, search, linears, device)
     task = task_of(export.source, "export", export.options | {"shard_bytes": shard_bytes})
+    copies = side_files(export.source)
     writer = FolderWriter(out, task, export.groups, shard_bytes)
     run_with_progress(writer, export.source, export.produce, "exporting INT4")
-    writer.finish({"config.json": export.config()}, side_files(export.source))
+    writer.finish({"config.json": export.config()}, copies)
     return export.plan
 
 

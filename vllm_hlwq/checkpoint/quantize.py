@@ -103,6 +103,7 @@ def quantize(
         "bits": bits, "codebook": codebook_name, "fit": fit, "keep": sorted(keep), "shard_bytes": shard_bytes,
         "device": coder.device.type,
     }  # fmt: skip
+    copies = side_files(source)
     writer = FolderWriter(out, task_of(source, "quantize", options), groups, shard_bytes)
 
     def produce(group: Group) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,7 +127,7 @@ def quantize(
         modules_to_not_convert=_not_converted(kept),
     ).model_dump()
     files = {"config.json": config, HLWQ_CONFIG: description.model_dump()}
-    writer.finish(files, side_files(source) + ([] if own_code else [AUTO_FILE]))
+    writer.finish(files, copies + ([] if own_code else [AUTO_FILE]))
     return description
 
 
