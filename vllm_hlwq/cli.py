@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
@@ -332,4 +334,6 @@ app.command("plan")(_one_line_errors(plan_command))
 
 
 def main() -> None:
+    if sys.stderr is None:  # closed: progress and errors have nowhere to go, but tqdm would fail
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     app()

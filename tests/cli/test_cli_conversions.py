@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -208,3 +209,12 @@ def test_a_side_file_that_leads_out_is_refused_before_the_work(
         assert message == f"{linked}/vocab.txt: a link that leads out of its folder; copy the file there"
         assert not out.with_name(f"{out.name}.partial").exists()
         shutil.rmtree(linked)
+
+
+def test_a_closed_standard_error_ends_no_conversion(source: Path, coded: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from vllm_hlwq.cli import main; main()", "quantize", source, tmp_path / "out"]
+    quoted = shlex.join(map(str, command))
+    done = subprocess.run(["bash", "-c", f"{quoted} 2>&-"], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{tmp_path}/out: ")
+    assert (tmp_path / "out/hlwq_sha256.json").read_bytes() == (coded / "hlwq_sha256.json").read_bytes()
