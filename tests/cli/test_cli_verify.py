@@ -42,6 +42,14 @@ def test_verify_measures_the_error(source: Path, coded: Path, int4: Path) -> Non
     assert plain["errors"] == pytest.approx(report["errors"])
 
 
+def test_verify_misses_the_configuration_that_was_made_with_the_weights(
+    coded: Path, copy: Callable[[Path], Path]
+) -> None:
+    damaged = copy(coded)
+    (damaged / "config.json").unlink()
+    assert fails("verify", damaged).startswith(f"{damaged}/config.json: is missing, but was made with the weights; ")
+
+
 @pytest.mark.parametrize("model", ["coded", "int4"])
 def test_verify_finds_a_flipped_bit(model: str, request: pytest.FixtureRequest, copy: Callable[[Path], Path]) -> None:
     damaged = copy(request.getfixturevalue(model))

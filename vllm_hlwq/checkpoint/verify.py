@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..checkpoint_files import REMEDY
 from ..codec import CodebookName
 from ..errors import CheckpointError
 from .conversion import listed
@@ -17,6 +19,7 @@ from .dequantize import open_source
 from .hashes import HashList
 from .int4_source import Int4Source
 from .layouts import expert_biases, expert_matrices, linear_matrix
+from .metadata import read_settings
 from .reader import HlwqSource
 from .sources import PlainSource, WeightSource, pieces
 from .tensor_folder import TensorFolder
@@ -115,6 +118,8 @@ def verify(
         missing = source.missing()
         if missing:
             raise CheckpointError(f"{path}: {listed(missing)} not in it; give --base-model, which has what it lacks")
+        if read_settings(folder).own is not None and not os.path.lexists(folder.path / "config.json"):
+            raise CheckpointError(f"{folder.path / 'config.json'}: is missing, but was made with the weights; {REMEDY}")
         source.hashes = hashes  # checked above, once
     if isinstance(source, Int4Source):
         report.format = "compressed-tensors"
