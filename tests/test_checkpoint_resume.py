@@ -263,6 +263,11 @@ def test_what_is_in_the_way_stays_and_is_named(varied_source: Path, tmp_path: Pa
         assert [path.name for path in (tmp_path / place).iterdir()] == ["mine"]
 
 
+def test_the_root_folder_is_refused_as_any_that_is_not_empty() -> None:
+    with pytest.raises(CheckpointError, match=r"^/: exists and is not an empty folder; choose another$"):
+        FolderWriter(Path("/"), {}, [])
+
+
 def test_an_empty_folder_is_filled(varied_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     quantize(varied_source, tmp_path / "out")
