@@ -124,8 +124,8 @@ def _int4_settings(path: Path, quantization: Any) -> tuple[GroupSize, bool]:
     """Group size and symmetry of INT4 experts, from a compressed-tensors configuration with one group."""
     settings = quantization if isinstance(quantization, dict) else {}
     groups = settings.get("config_groups")
-    listed_groups = list(groups.values()) if isinstance(groups, dict) else []
-    weights = [group.get("weights") if isinstance(group, dict) else None for group in listed_groups]
+    listed_groups: list[Any] = list(groups.values()) if isinstance(groups, dict) else []
+    weights: list[Any] = [group.get("weights") if isinstance(group, dict) else None for group in listed_groups]
     packed = settings.get("format") == "pack-quantized" and len(weights) == 1 and isinstance(weights[0], dict)
     if packed and INT4_WEIGHTS.items() <= weights[0].items():
         return weights[0].get("group_size"), weights[0].get("symmetric", True)
