@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine_process import Task, measure_side_by_side
+from engine_process import Task, measure_side_by_side, shared_processors
 from throughput import GPU_SHARE, OFFLOADING, ROUTING_VARIABLE, expert_memory, graphs_without_compiling
 
 from vllm_hlwq.bench.routing import BUT_ONE, MEASURED_LOCALITY
@@ -76,16 +76,18 @@ class Performance:
     waiting: dict[str, Task] = field(default_factory=dict)
     begun: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def prepare(self, names: Iterable[str]) -> None:
-        """Let processes import vLLM, which takes long, before they are needed."""
+    def prepare(self, names: tuple[str, ...], beside: int = 0) -> None:
+        """Let processes import vLLM, which takes long, before they are needed; ``beside`` others that work then."""
+        processors = shared_processors(len(names) + beside)
         for name in names:
             if name not in self.waiting:
                 routing = ENGINES[name].routing if name in ENGINES else MEASURED_LOCALITY
-                self.waiting[name] = Task({ROUTING_VARIABLE: routing}, log_of(name, self.logs), import_first=True)
+                environment = {ROUTING_VARIABLE: routing} | processors
+                self.waiting[name] = Task(environment, log_of(name, self.logs), import_first=True)
 
-    def start(self, names: tuple[str, ...]) -> None:
+    def start(self, names: tuple[str, ...], beside: int = 0) -> None:
         """Begin to start engines; one that is to have another's memory does not, if that one has failed."""
-        self.prepare(names)
+        self.prepare(names, beside)
         engines = {name: ENGINES.get(name) or self.offloading(name) for name in names}
         wanted = {name: engine for name, engine in engines.items() if engine is not None}
         for name, engine in engines.items():

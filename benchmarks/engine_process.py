@@ -36,6 +36,19 @@ _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
 _CONSEQUENCES = ("EngineDeadError", "Engine core initialization failed", "RuntimeError: cancelled", "WorkerProc init")
 
 
+def shared_processors(processes: int) -> dict[str, str]:
+    """Environment of each of several processes that load models at once: its share of the processors.
+
+    Else each has as many threads as there are processors, and at the end of every tensor's copy all of them spin for
+    those that do not get to run. It is told as vLLM tells its own workers, which serve with one thread nevertheless
+    (``vllm/utils/torch_utils.py``, ``startup_omp_num_threads`` and ``set_torch_threads_for_runtime``).
+    """
+    if processes < 2:
+        return {}
+    share = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {"OMP_NUM_THREADS": str(share), "VLLM_OMP_NUM_THREADS_SET_BY_VLLM": "1"}
+
+
 class HostMemory(threading.Thread):
     """The most host memory that was in use while a process ran, over what was in use before.
 
@@ -155,6 +168,8 @@ def run_side_by_side(tasks: dict[Task, dict[str, Any]], timeout: float) -> Gener
 def measure_side_by_side(tasks: list[Task], timeout: float) -> Generator[dict[str, Any], None, None]:
     """Wait for engines that were started and measure them one after the other, in order; after the last, all end.
 
+    If it is closed or interrupted before that, they are ended at once.
+
     What they take of the host, and of a GPU as a whole, is known only where it is one engine: else it is None.
 
     Args:
@@ -164,6 +179,7 @@ def measure_side_by_side(tasks: list[Task], timeout: float) -> Generator[dict[st
     Yields:
         Each result as soon as it is there, so that what follows cannot cost it.
     """
+    seconds = 0.0
     try:
         deadline = time.monotonic() + timeout
         for task in tasks:
@@ -176,9 +192,10 @@ def measure_side_by_side(tasks: list[Task], timeout: float) -> Generator[dict[st
                 if result.get("gpu_memory") is not None:
                     result["gpu_memory"]["in_use"] = None
             yield result
+        seconds = ENDING_SECONDS
     finally:
         with ThreadPoolExecutor(len(tasks)) as together:
-            list(together.map(lambda task: task.end(ENDING_SECONDS), tasks))
+            list(together.map(lambda task: task.end(seconds), tasks))
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:

@@ -97,8 +97,8 @@ def measure_performance(
     """
     chosen = [tuple(name for name in group if name in options.engines) for group in GROUPS]
     groups = [group for group in chosen if group]
-    performance.start(groups[0])
-    performance.prepare(["gather"])
+    performance.start(groups[0], beside=len(tests))
+    performance.prepare(("gather",))
     if tests:
         result["tests"] = results_of(tests, performance.logs)
         keep()

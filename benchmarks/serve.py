@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_process import BenchmarkFailed, BenchProcess
-from engine_process import failure_reason, run_task
+from engine_process import failure_reason, run_task, shared_processors
 from rich.console import Console
 from rich.table import Table
 from serve_checks import (
@@ -105,18 +105,21 @@ class Benchmark:
             Planned(f"cache of {size}", size, options.model, (flag("cache_size"), str(size)))
             for size in options.cache_sizes
         ] + [Planned("resident", None, options.resident_model or options.model, backend)]
+        together = shared_processors(len(planned)) if options.start_together and backend else {}
         with ExitStack() as stack:
-            started = {each: self.start(each, stack) for each in planned if options.start_together}
+            started = {each: self.start(each, stack, together) for each in planned if options.start_together}
             for each in planned:
-                self.serve(each, *(started.get(each) or self.start(each, stack)))
+                self.serve(each, *(started.get(each) or self.start(each, stack, together)))
         self.result["complete"] = True
         self.save()
 
-    def start(self, planned: Planned, stack: ExitStack) -> tuple[Server, Callable[[], object]]:
+    def start(
+        self, planned: Planned, stack: ExitStack, processors: dict[str, str]
+    ) -> tuple[Server, Callable[[], object]]:
         """Start a server, which ends with ``stack`` or when the function is called that comes with it."""
-        routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
+        environment = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]} | processors
         words = (*common_arguments(self.options), *planned.arguments, *self.options.server_arguments)
-        server, own = Server(planned.model, *words, environment=routing), ExitStack()
+        server, own = Server(planned.model, *words, environment=environment), ExitStack()
         own.callback(self.put_away, server, planned.name)
         stack.push(own)
         return server, own.close

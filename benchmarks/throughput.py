@@ -24,7 +24,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from engine_process import Task, run_side_by_side, run_task
+from engine_process import Task, run_side_by_side, run_task, shared_processors
 from engine_run import WARM_UP_TOKENS
 from throughput_report import add_predictions, draw_chart, print_table
 
@@ -43,6 +43,12 @@ GPU_SHARE = 0.9
 """Of a GPU's memory, for all engines that are on it at a time."""
 
 
+CASE = ("batch", "prompt_tokens", "new_tokens")
+HEADER = ("environment", "model", "routing", "attention_backend", "compiled", "started_together")
+"""Of a result: what must be the same if a run goes on."""
+MAY_CHANGE = {"date", "memory_gib"}  # of the environment: a virtual machine's memory can grow with its use
+
+
 @dataclass
 class Planned:
     """A configuration to be measured: its row's name and cache size, and what its engine gets beyond the common."""
@@ -56,8 +62,15 @@ class Planned:
 class Benchmark:
     """The configurations of one run; rows are dictionaries of JSON values."""
 
-    def __init__(self, options: argparse.Namespace, machine: dict[str, Any], save: Callable[[], None]) -> None:
-        self.options = options
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        machine: dict[str, Any],
+        save: Callable[[], None],
+        earlier: list[dict[str, Any]],
+    ) -> None:
+        """``earlier`` are rows of the same run, cut short: what they measured stays."""
+        self.options, self.earlier = options, earlier
         self.cuda = "gpu" in machine["environment"]
         self.rows: list[dict[str, Any]] = []
         self.save = save
@@ -99,12 +112,13 @@ class Benchmark:
 
     def _measure(self, planned: list[Planned]) -> None:
         """Measure in groups whose engines start together; if so asked, the next group imports vLLM meanwhile."""
+        planned = [each for each in planned if not self._keep(each)]
         group = self.options.start_together
         groups = [planned[first : first + group] for first in range(0, len(planned), group)]
         ready: list[Task] = []
         for members, following in zip_longest(groups, groups[1:], fillvalue=[]):
-            tasks = ready or [self._prepare(each) for each in members]
-            ready = [self._prepare(each) for each in following] if group > 1 else []
+            tasks = ready or self._prepare(members)
+            ready = self._prepare(following) if group > 1 else []
             specifications = [self._specification(each, GPU_SHARE / len(members)) for each in members]
             given = dict(zip(tasks, specifications, strict=True))
             with closing(run_side_by_side(given, self.options.timeout)) as results:
@@ -115,9 +129,25 @@ class Benchmark:
                         row["planned_resident_expert_bytes"] = each.planned_bytes
                     self._add(row | result)
 
-    def _prepare(self, planned: Planned) -> Task:
-        routing = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
-        return Task(routing, self._log_path(planned.name, planned.size), import_first=True)
+    def _keep(self, planned: Planned) -> bool:
+        """Take an earlier row if it is of this configuration, measured in the same way."""
+        wanted = self._specification(planned, 0.0)
+        for row in self.earlier:
+            if (row["configuration"], row["cache_size"], row["status"]) == (planned.name, planned.size, "ok"):
+                cases = [{name: found[name] for name in CASE} for found in row["measurements"]]
+                same = cases == wanted["cases"] and {found["repeats"] for found in row["measurements"]} == {
+                    wanted["repeats"]
+                }
+                if same and without_share(row["engine"]) == without_share(wanted["engine"]):
+                    self._add(row)
+                    return True
+        return False
+
+    def _prepare(self, planned: list[Planned]) -> list[Task]:
+        environment = {ROUTING_VARIABLE: ROUTINGS[self.options.routing]}
+        if self.cuda:  # else the processors are what is measured
+            environment |= shared_processors(len(planned))
+        return [Task(environment, self._log_path(each.name, each.size), import_first=True) for each in planned]
 
     def _specification(self, planned: Planned, gpu_share: float) -> dict[str, Any]:
         options = self.options
@@ -164,6 +194,34 @@ class Benchmark:
         print(f"{row['configuration']}{at}: {row['status']}{reason}", flush=True)
         self.rows.append(row)
         self.save()
+
+
+def without_share(engine: dict[str, Any]) -> dict[str, Any]:
+    """An engine's arguments but for its share of the GPU, which depends on how many start at once."""
+    return {name: value for name, value in engine.items() if name != "gpu_memory_utilization"}
+
+
+def rows_to_keep(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result that was cut short, after which ``result`` counts the starts and has the first's link.
+
+    Raises:
+        SystemExit: it is of another machine, model or way to measure.
+    """
+    if not out.exists():
+        return []
+    earlier = json.loads(out.read_text())
+    for name in HEADER:
+        before, now = earlier[name], result[name]
+        if name == "environment":
+            changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
+            name = min(set(changed) - MAY_CHANGE, default="")
+            before, now = before.get(name), now.get(name)
+        if before != now:
+            raise SystemExit(f"throughput: --resume: {out} has {name} {before}, here it is {now}; give another --out")
+    result["starts"] = earlier.get("starts", 1) + 1
+    result["link_bytes_per_second"] = earlier["link_bytes_per_second"]
+    rows: list[dict[str, Any]] = earlier["rows"]
+    return rows
 
 
 def graphs_without_compiling(largest_batch: int) -> dict[str, Any]:
@@ -231,7 +289,12 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one configuration")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what each engine prints, a file each, in DIR")
     parser.add_argument("--out", type=Path, help="write the result as JSON and a chart beside it")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that --out has of this machine: measure what it lacks"
+    )
     options = parser.parse_args(words)
+    if options.resume and options.out is None:
+        parser.error("--resume goes on with the result that --out names: give --out")
     if len(options.new_tokens) == 1:
         options.new_tokens *= len(options.batches)
     if len(options.new_tokens) != len(options.batches):
@@ -272,7 +335,8 @@ def main(words: list[str] | None = None) -> int:
             with replacing(options.out) as file:
                 os.write(file, (json.dumps(result, indent=2) + "\n").encode())
 
-    benchmark = Benchmark(options, machine, save)
+    earlier = rows_to_keep(options.out, result) if options.resume else []
+    benchmark = Benchmark(options, machine, save, earlier)
     result["rows"] = benchmark.rows
     benchmark.run()
     print_table(result)

@@ -63,6 +63,8 @@ class Engine:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")  # FlashInfer need not be installed
+    # vLLM's V1 model runner forbids captures in this process when it has made its own; its V2 never allows them again.
+    monkeypatch.setattr("vllm.compilation.monitor.cudagraph_capturing_enabled", True)
     return monkeypatch
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import pytest
-from engine_process import ENGINE_RUN, Task, failure_reason, measure_side_by_side
-from throughput import control_names, graphs_without_compiling, whole_numbers
+from engine_process import ENGINE_RUN, Task, failure_reason, measure_side_by_side, shared_processors
+from throughput import control_names, graphs_without_compiling, rows_to_keep, whole_numbers
 from throughput_report import add_predictions
+from vllm.utils import torch_utils
 
 from vllm_hlwq.bench.environment import parse_nvidia_smi
 
@@ -27,19 +30,23 @@ def benchmark_model(tiny_int4: Path) -> Path:
     return tiny_int4
 
 
-@pytest.fixture(scope="module")
-def result(benchmark_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    out = tmp_path_factory.mktemp("throughput") / "result.json"
-    done = subprocess.run(
+def throughput(model: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
-            sys.executable, str(ENGINE_RUN.with_name("throughput.py")), "--model", str(benchmark_model),
+            sys.executable, str(ENGINE_RUN.with_name("throughput.py")), "--model", str(model),
             "--cache-sizes", f"{SIZE},16,{TOO_LARGE}", "--batches", "1,2", "--prompt-tokens", "12",
             "--new-tokens", "8,6", "--repeats", "1", "--controls", "uva", "--routing", "measured_locality",
-            "--prefill-tokens", "40", "--start-together", "2", "--enforce-eager", "--out", str(out),
+            "--prefill-tokens", "40", "--start-together", "2", "--enforce-eager", "--out", str(out), *words,
         ],
         # Threads that wait by spinning steal each other's time on two cores.
         capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(benchmark_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("throughput") / "result.json"
+    done = throughput(benchmark_model, out)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text()), out.with_suffix(".png")
 
@@ -103,6 +110,76 @@ def test_engines_that_started_together_share_what_only_the_machine_could_say(
         assert found["host_peak_bytes"] is None
         assert found["start_up_seconds"] is None
     assert result[0]["started_together"] == 2
+
+
+@pytest.mark.server
+def test_a_run_that_was_cut_short_goes_on(
+    result: tuple[dict[str, Any], Path], benchmark_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "result.json"
+    whole = result[0]
+    # As it is after the first engine. Of another number of repeats a row is no part of the run.
+    other = json.loads(json.dumps(row(whole, "cache", 16)))
+    for found in other["measurements"]:
+        found["repeats"] = 2
+    out.write_text(json.dumps(whole | {"rows": [row(whole, "cache", SIZE), other]}))
+    done = throughput(benchmark_model, out, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = json.loads(out.read_text())
+    assert [(r["configuration"], r["cache_size"], r["status"]) for r in again["rows"]] == [
+        (r["configuration"], r["cache_size"], r["status"]) for r in whole["rows"]
+    ]
+    kept, measured = row(again, "cache", SIZE)["measurements"], row(again, "cache", 16)["measurements"]
+    assert [found["prefill_seconds_each"] for found in kept] == [
+        found["prefill_seconds_each"] for found in row(whole, "cache", SIZE)["measurements"]
+    ]
+    assert [found["repeats"] for found in measured] == [1, 1, 1]
+    assert (again["starts"], again["link_bytes_per_second"]) == (2, whole["link_bytes_per_second"])
+
+
+def test_a_run_goes_on_only_on_its_machine_and_in_its_way(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    header = {
+        "environment": {"date": "2026-01-01", "memory_gib": 31.0, "driver": "580"}, "model": "m", "routing": "uniform",
+        "attention_backend": "TRITON_ATTN", "compiled": False, "started_together": 3, "link_bytes_per_second": 5e10,
+    }  # fmt: skip
+    assert rows_to_keep(out, header | {}) == []
+    out.write_text(json.dumps(header | {"rows": [{"configuration": "cache"}], "starts": 2}))
+    later = {"environment": {"date": "2026-01-02", "memory_gib": 125.9, "driver": "580"}, "link_bytes_per_second": 4e10}
+    result = header | later
+    assert rows_to_keep(out, result) == [{"configuration": "cache"}]
+    assert (result["starts"], result["link_bytes_per_second"]) == (3, 5e10)
+    for change, said in (
+        ({"environment": {"driver": "590", "date": "2026-01-02"}}, "driver 580, here it is 590"),
+        ({"environment": {"driver": "580", "gpu": "NVIDIA H200"}}, "gpu None, here it is NVIDIA H200"),
+        ({"routing": "measured_locality"}, "routing uniform, here it is measured_locality"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            rows_to_keep(out, header | change)
+        assert str(caught.value) == f"throughput: --resume: {out} has {said}; give another --out"
+
+
+def test_processes_that_start_together_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert shared_processors(1) == {}
+    assert [shared_processors(count)["OMP_NUM_THREADS"] for count in (2, 3, 99)] == ["8", "5", "1"]
+    # vLLM's name for a number that it chose itself: with it, it serves with one thread as it does alone.
+    assert torch_utils.OMP_NUM_THREADS_SET_BY_VLLM in shared_processors(2)
+
+
+def test_an_interrupt_ends_engines_at_once() -> None:
+    tasks = [Task({}), Task({})]
+    for task in tasks:
+        task.start({"task": "probe"})
+    results = measure_side_by_side(tasks, 120)
+    next(results)
+    # A process that does not end by itself.
+    os.kill(tasks[1]._process.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt)
+    assert time.monotonic() - begun < 10
+    assert all(task._process.poll() is not None for task in tasks)
 
 
 def test_a_result_is_there_before_the_next_is_measured() -> None:
