@@ -235,6 +235,8 @@ def test_a_tensor_of_the_wrong_shape(qwen3_moe_bf16: Path, tmp_path: Path, copy_
 def test_weights_cannot_be_reloaded(qwen3_moe_bf16: Path) -> None:
     loaded = LoadedModel(qwen3_moe_bf16, 4)
     assert "restart the server" in refusal(loaded.worker.reload_weights)
+    for save in (loaded.worker.save_sharded_state, loaded.worker.save_tensorized_model):
+        assert "copy the checkpoint instead" in refusal(save)
     assert "restart the server" in refusal(lambda: loaded.runners[0].routed_experts.load_weights([]))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_experts import filled_store
 
-from vllm_hlwq.expert_cache import COUNTERS
+from vllm_hlwq.expert_cache import COUNTERS, EMPTY
 from vllm_hlwq.host_expert_cache import HostExpertCache
 from vllm_hlwq.host_store import RecordLayout
 from vllm_hlwq.reference_backend import ReferenceBackend
@@ -36,6 +36,21 @@ def cache() -> HostExpertCache:
 def test_a_cache_in_order(cache: HostExpertCache) -> None:
     assert audit(cache) == []
     cache.reset()
+    assert audit(cache) == []
+
+
+def test_a_step_that_breaks_off_leaves_no_expert_named_without_its_bytes(
+    cache: HostExpertCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(bank: WeightBank, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WeightBank, "load", interrupted)
+    ids = torch.tensor([[0, 1, 5]])
+    with pytest.raises(KeyboardInterrupt):
+        cache.step(torch.zeros(1, 4), torch.ones(1, 3), ids, torch.empty(1, 4))
+    assert cache.table is not None
+    assert cache.table.expert_of_slot.tolist() == [EMPTY] * SLOTS
     assert audit(cache) == []
 
 

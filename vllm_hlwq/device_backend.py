@@ -155,6 +155,7 @@ class DeviceBackend(ABC):
             out_rows: ``[T * k, hidden]``, weighted.
             expert_ids: int32 ``[T, k]``; rows of negative ids are left out, their memory was never written.
             output: ``[T, hidden]``, overwritten.
-            all_written: whether no id is negative, which saves reading them.
+            all_written: whether every row may be summed, which saves reading the ids: none is negative but those of
+                rows that only pad, whose sums nobody reads.
         """
         self._sum(out_rows.view(*expert_ids.shape, -1), output, None if all_written else expert_ids, None)

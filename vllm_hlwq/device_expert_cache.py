@@ -8,6 +8,7 @@ graph. ``HostExpertCache`` is its counterpart where ids are read on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -20,6 +21,11 @@ from .short_steps import MOST_PAIRS, blocks_of_short_step, lanes
 from .staging import Arrival, Staging
 from .wave_blocks import Alignment, blocks_of_waves
 from .weight_bank import WeightBank
+
+
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The ids of a rank's own experts, -1 for those of others and in padding."""
+    return topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
 
 
 class DeviceExpertCache:
@@ -115,24 +121,24 @@ class DeviceExpertCache:
             expert_map: int32, global to local ids under expert parallelism.
             forward: an object for each forward pass, the same for its layers: they may then prefetch for each other.
         """
-        if self.table is None:
-            ids = topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
-            ids = ids.int().contiguous()
-            alignment = self.backend.align(ids, self.num_experts)
-            waves = iter([(self.slot_bank, alignment)])
-            if self.record is not None:
-                self.record(named_experts(ids, self.num_experts, is_padding))
-        else:
-            arrival = self._arrival(topk_ids.numel(), forward)
-            plan(self.table, topk_ids, is_padding, expert_map, prefetched=arrival is not None)
-            ids = self.table.ids[: len(topk_ids)]
-            if self.record is not None:
-                self.record(ids)
-            waves = self._waves(self.blocks(ids), topk_ids.numel(), forward, arrival)
-        for bank, blocks in waves:
-            self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
-        # With a table, rows that pad have no expert.
-        self.backend.combine(buffers.out_rows, ids, output, all_written=self.table is None and expert_map is None)
+        with nullcontext() if self.table is None else self.table.empty_on_error():
+            if self.table is None:
+                ids = local_ids(topk_ids, expert_map).int().contiguous()
+                alignment = self.backend.align(ids, self.num_experts)
+                waves = iter([(self.slot_bank, alignment)])
+                if self.record is not None:
+                    self.record(named_experts(ids, self.num_experts, is_padding))
+            else:
+                arrival = self._arrival(topk_ids.numel(), forward)
+                plan(self.table, topk_ids, is_padding, expert_map, prefetched=arrival is not None)
+                ids = self.table.ids[: len(topk_ids)]
+                if self.record is not None:
+                    self.record(ids)
+                waves = self._waves(self.blocks(ids), topk_ids.numel(), forward, arrival)
+            for bank, blocks in waves:
+                self.backend.compute(bank, blocks, hidden_states, topk_weights, weights_on_input, buffers)
+            # With a table, rows that pad have no expert.
+            self.backend.combine(buffers.out_rows, ids, output, all_written=self.table is None and expert_map is None)
 
     def _arrival(self, pairs: int, forward: object | None) -> Arrival | None:
         """What the layer before has prefetched for this step of ``pairs`` = T * k, if it did."""

@@ -1,7 +1,7 @@
 """A region of host memory that the GPU reads: mapped at its exact size, near the GPU, page-locked, and given back.
 
 torch's pinned allocator is not used because it rounds sizes up to powers of two. Huge pages are advised because the
-GPU's and the processor's page tables of tens of readable are otherwise slow to fill and to walk.
+GPU's and the processor's page tables of tens of gigabytes are otherwise slow to fill and to walk.
 """
 
 from __future__ import annotations

@@ -49,8 +49,12 @@ def plan_command(
     staging_size: Annotated[
         int | None, typer.Option(min=1, help="Experts of a staging bank.", show_default=False)
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="As of vllm serve.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="As of vllm serve.")] = 2048,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="As of vllm serve, which takes 1024 from 70 GiB on if not told.")
+    ] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="As of vllm serve, which takes 8192 from 70 GiB on if not told.")
+    ] = 2048,
     gpu_memory_utilization: Annotated[float, typer.Option(min=0.01, max=1, help="As of vllm serve.")] = 0.92,
     hit_rate: Annotated[
         list[float] | None,

@@ -109,9 +109,9 @@ class DeviceSlotTable(SlotState):
         self._no_padding = torch.zeros(1, dtype=torch.bool, device=device)
         self._no_map = int32(1)
 
-    def reset(self) -> None:
-        """Empty every slot and zero clock and counters, as after start-up; only enqueues."""
-        super().reset()
+    def empty(self) -> None:
+        """Empty every slot; only enqueues."""
+        super().empty()
         torch.arange(self.num_slots, out=self.slot_by_age)
 
 

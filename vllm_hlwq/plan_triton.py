@@ -15,6 +15,7 @@ from .expert_cache import COUNTERS, EMPTY, MENTIONS_OF_A_PROMPT
 
 _EMPTY = tl.constexpr(EMPTY)
 _NEVER = tl.constexpr(2**31 - 1)  # first use of an expert that no token names; above any position
+assert len(COUNTERS) == 8, "the kernel counts in eight lanes, and rows of counters are 16-byte aligned with them"
 _NUM_COUNTERS = tl.constexpr(len(COUNTERS))
 _COPIED = tl.constexpr(COUNTERS.index("copied"))
 _MENTIONS_OF_A_PROMPT = tl.constexpr(MENTIONS_OF_A_PROMPT)

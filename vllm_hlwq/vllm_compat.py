@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 OLDEST_CHECKED = "0.32.0"
@@ -79,6 +78,8 @@ BORROWED: dict[str, Borrowed] = {
             "shutdown",
             "reload_weights",
             "update_weights",
+            "save_sharded_state",
+            "save_tensorized_model",
             "init_snapshot",
             "requested_memory",
         ),
@@ -364,9 +365,8 @@ BORROWED: dict[str, Borrowed] = {
 }
 
 
-@cache
 def borrow(name: str) -> Any:
-    """Import and return a name of ``BORROWED``.
+    """Import and return a name of ``BORROWED``, with the value that it has now: some are environment variables.
 
     Raises:
         ImportError: the installed vLLM does not have it.

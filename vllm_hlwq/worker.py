@@ -38,6 +38,8 @@ StockWorker: Any = borrow("CPUWorker") if borrow("current_platform").is_cpu() el
 LAYERS = {"RoutedExperts": OffloadedRoutedExperts, "GptOssRoutedExperts": OffloadedGptOssRoutedExperts}
 """Our layers by the names of vLLM's classes in whose place they are put."""
 
+_WITHOUT_EXPERTS = "its experts are no parameters, and vLLM would leave them out; copy the checkpoint instead"
+
 
 def install_layers() -> None:
     """Register our layers in the place of vLLM's; harmless when done before.
@@ -147,6 +149,12 @@ class ExpertCacheWorker(StockWorker):  # type: ignore[misc]
 
     def update_weights(self, *_: Any, **__: Any) -> None:
         raise ExpertCacheError("weights cannot be updated in a running expert cache; restart the server")
+
+    def save_sharded_state(self, *_: Any, **__: Any) -> None:
+        raise ExpertCacheError(f"the model cannot be saved from a running expert cache: {_WITHOUT_EXPERTS}")
+
+    def save_tensorized_model(self, *_: Any, **__: Any) -> None:
+        raise ExpertCacheError(f"the model cannot be saved from a running expert cache: {_WITHOUT_EXPERTS}")
 
     def expert_cache_counters(self) -> dict[str, dict[str, int]]:
         """Counters of each layer by layer name; reachable through vLLM's ``collective_rpc``."""

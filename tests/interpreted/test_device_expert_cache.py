@@ -14,6 +14,7 @@ from vllm_hlwq.device_backend import Buffers
 from vllm_hlwq.device_expert_cache import DeviceExpertCache
 from vllm_hlwq.expert_cache import SlotTable
 from vllm_hlwq.host_store import HostStore, RecordLayout
+from vllm_hlwq.slot_audit import audit
 from vllm_hlwq.staging import Staging
 from vllm_hlwq.warm_start import seed
 from vllm_hlwq.wave_blocks import Alignment
@@ -191,6 +192,27 @@ def test_what_was_prefetched_for_another_pass_is_not_used() -> None:
     run_and_check(first, ids, forward=Forward())
     run_and_check(second, ids, forward=Forward())
     run_and_check(second, ids)
+
+
+def test_a_step_that_breaks_off_leaves_no_expert_named_without_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(6)
+    run_and_check(cache, torch.tensor([[0, 1, 2], [3, 4, 5]]).int())
+
+    def no_memory(*_: object) -> int:
+        raise torch.cuda.OutOfMemoryError("between the plan and its loads")
+
+    ids = torch.tensor([[6, 7, 8], [9, 10, 11]]).int()
+    with monkeypatch.context() as broken:
+        broken.setattr(OneMatrix, "block_size", no_memory)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run_and_check(cache, ids)
+    assert audit(cache) == []
+    before = cache.counts()
+    run_and_check(cache, ids)
+    assert audit(cache) == []
+    assert cache.counts()["hits"] == before["hits"] == 0
+    run_and_check(cache, ids)
+    assert cache.counts()["hits"] == 6
 
 
 def test_the_first_layer_of_a_model_follows_no_other() -> None:
