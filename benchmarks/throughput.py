@@ -43,7 +43,8 @@ GPU_SHARE = 0.9
 """Of a GPU's memory, for all engines that are on it at a time."""
 
 
-CASE = ("batch", "prompt_tokens", "new_tokens")
+CASE = ("batch", "prompt_tokens", "new_tokens", "repeats")
+"""Of a measurement: what was measured."""
 HEADER = ("environment", "model", "routing", "attention_backend", "compiled", "started_together")
 """Of a result: what must be the same if a run goes on."""
 MAY_CHANGE = {"date", "memory_gib"}  # of the environment: a virtual machine's memory can grow with its use
@@ -132,15 +133,14 @@ class Benchmark:
     def _keep(self, planned: Planned) -> bool:
         """Take an earlier row if it is of this configuration, measured in the same way."""
         wanted = self._specification(planned, 0.0)
+        cases = [case | {"repeats": wanted["repeats"]} for case in wanted["cases"]]
         for row in self.earlier:
-            if (row["configuration"], row["cache_size"], row["status"]) == (planned.name, planned.size, "ok"):
-                cases = [{name: found[name] for name in CASE} for found in row["measurements"]]
-                same = cases == wanted["cases"] and {found["repeats"] for found in row["measurements"]} == {
-                    wanted["repeats"]
-                }
-                if same and without_share(row["engine"]) == without_share(wanted["engine"]):
-                    self._add(row)
-                    return True
+            if (row["configuration"], row["cache_size"], row["status"]) != (planned.name, planned.size, "ok"):
+                continue
+            measured = [{name: found[name] for name in CASE} for found in row["measurements"]]
+            if measured == cases and without_share(row["engine"]) == without_share(wanted["engine"]):
+                self._add(row)
+                return True
         return False
 
     def _prepare(self, planned: list[Planned]) -> list[Task]:
@@ -205,13 +205,21 @@ def rows_to_keep(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a result that was cut short, after which ``result`` counts the starts and has the first's link.
 
     Raises:
-        SystemExit: it is of another machine, model or way to measure.
+        SystemExit: it is of another machine, model or way to measure, or no result at all.
     """
     if not out.exists():
         return []
-    earlier = json.loads(out.read_text())
-    for name in HEADER:
-        before, now = earlier[name], result[name]
+    try:
+        earlier = json.loads(out.read_text())
+        header = {name: earlier[name] for name in HEADER}
+        rows: list[dict[str, Any]] = earlier["rows"]
+        link = earlier["link_bytes_per_second"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"throughput: --resume: {out} is no result of this command ({error}); give another --out"
+        ) from None
+    for name, before in header.items():
+        now = result[name]
         if name == "environment":
             changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
             name = min(set(changed) - MAY_CHANGE, default="")
@@ -219,8 +227,7 @@ def rows_to_keep(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
         if before != now:
             raise SystemExit(f"throughput: --resume: {out} has {name} {before}, here it is {now}; give another --out")
     result["starts"] = earlier.get("starts", 1) + 1
-    result["link_bytes_per_second"] = earlier["link_bytes_per_second"]
-    rows: list[dict[str, Any]] = earlier["rows"]
+    result["link_bytes_per_second"] = link
     return rows
 
 

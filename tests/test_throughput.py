@@ -157,6 +157,10 @@ def test_a_run_goes_on_only_on_its_machine_and_in_its_way(tmp_path: Path) -> Non
         with pytest.raises(SystemExit) as caught:
             rows_to_keep(out, header | change)
         assert str(caught.value) == f"throughput: --resume: {out} has {said}; give another --out"
+    for text in ('{"rows": []}', "[1]", '{"rows"'):
+        out.write_text(text)
+        with pytest.raises(SystemExit, match=r"result\.json is no result of this command \(.*\); give another --out$"):
+            rows_to_keep(out, header | {})
 
 
 def test_processes_that_start_together_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:

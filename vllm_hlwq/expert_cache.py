@@ -32,8 +32,7 @@ moved to the device: those admitted and staged, and those prefetched whether nee
 MENTIONS_OF_A_PROMPT = 4
 """Mentions per expert of the layer, on any rank, from which on a step is taken for a prompt. Tokens that mention each
 of 128 experts four times on average leave 2 % of them unused if they choose evenly, some more in practice. A decoding
-batch that large is treated alike; its tokens resemble each other, so with many slots it loses a few hits by a set that
-stays (on synthetic traces with locality, 3 of 100 with half or three quarters of the experts resident)."""
+batch that large is treated alike; where its tokens are alike, a resident set that stays costs it some hits."""
 
 
 def is_prompt(mentions: int, global_experts: int) -> bool:
