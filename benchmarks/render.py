@@ -305,19 +305,17 @@ THROUGHPUT = tuple(
     f"throughput_{shape}_{routing}" for shape in ("gemma4", "qwen3") for routing in ("measured_locality", "uniform")
 )
 """Results of ``throughput.py`` on GPUs; each has a picture of its name in ``docs/``."""
-EARLIER_THROUGHPUT = ("throughput_gemma4_measured_locality_earlier", "throughput_qwen3_uniform_earlier")
-"""Results of before a request's decoding was timed by the engine; these have no picture."""
 
 
 def throughput_block(name: str) -> Callable[[dict[str, Any]], str]:
-    """Renders such a result, with its picture if it has one."""
+    """Renders such a result with its picture."""
     picture = f"![Tokens per second over experts resident per layer; the figures are in the tables]({name}.png)\n\n"
 
     def render_result(result: dict[str, Any]) -> str:
         repeats = max(m["repeats"] for row in result["rows"] for m in row.get("measurements", ()))
         return (
             f"`{result['model']}`, routing: {result['routing']}, each case timed {repeats} times.\n\n"
-            f"{picture if name in THROUGHPUT else ''}{throughput(result)}\n"
+            f"{picture}{throughput(result)}\n"
             f"(Link: {result['link_bytes_per_second'] / 1e9:.1f} GB/s. {render_gpu.card(result['environment'])}; made "
             "by `benchmarks/throughput.py`.)\n"
         )
@@ -336,7 +334,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "inside_gemm": render_gpu.inside_gemm,
     "serve": render_gpu.serve,
     "serve_trained": render_gpu.serve,
-    **{name: throughput_block(name) for name in (*THROUGHPUT, *EARLIER_THROUGHPUT)},
+    **{name: throughput_block(name) for name in THROUGHPUT},
     "gpu_acceptance": render_gpu.gpu_acceptance,
     "gpu_acceptance_h100": render_gpu.gpu_acceptance,
     "gpu_acceptance_slower_link": render_gpu.gpu_acceptance,
