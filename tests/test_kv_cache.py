@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,18 @@ def test_a_row_that_sees_nothing_is_zero_as_in_torch() -> None:
     query = torch.randn(1, 1, 1, 64)
     plain = scaled_dot_product_attention(query, *(tensor.decode() for tensor in got), attn_mask=mask)
     assert torch.equal(scaled_dot_product_attention(query, *got, attn_mask=mask), plain)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"dropout_p": 0.5}])
+def test_causality_and_dropout_are_left_to_torch(options: dict[str, Any]) -> None:
+    got = fill(new_layer(), *states(1, 2, 200, 64), (197, 3))
+    plain = [tensor.decode() for tensor in got]
+    query = torch.randn(1, 2, 3, 64)
+    answers = []
+    for tensors in (plain, got):
+        torch.manual_seed(0)
+        answers.append(scaled_dot_product_attention(query, *tensors, **options))
+    assert torch.equal(*answers)
 
 
 def test_any_other_operation_gets_the_decoded_tensor() -> None:

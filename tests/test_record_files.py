@@ -81,6 +81,15 @@ def test_each_byte_is_written_and_read_once(tmp_path: Path, monkeypatch: pytest.
     assert sum(steps) == random_store().nbytes
 
 
+def test_a_disk_that_gives_a_little_at_a_time_is_read_whole(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    def a_little(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffer[:301] for buffer in buffers], offset)
+
+    preadv = os.preadv
+    monkeypatch.setattr(record_files.os, "preadv", a_little)
+    assert torch.equal(read(file).records, random_store().records)
+
+
 def counting(counted: dict[str, int], name: str, call: Callable[..., int]) -> Callable[..., int]:
     def count(*arguments: object) -> int:
         done = call(*arguments)
@@ -134,6 +143,13 @@ def test_a_file_of_something_else_says_what_differs(file: Path, changed: dict, s
     with pytest.raises(RecordFileError) as caught:
         read(file, KEY | changed)
     assert str(caught.value) == f"made of something else: {said}"
+
+
+def test_a_file_in_other_blocks_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = record_files.BLOCK_BYTES
+    monkeypatch.setattr(record_files, "BLOCK_BYTES", 4096)
+    with pytest.raises(RecordFileError, match=f"^in blocks of {written} bytes in place of 4096$"):
+        read(file)
 
 
 def test_no_file_is_no_damage(tmp_path: Path) -> None:

@@ -77,6 +77,17 @@ def test_prompts_are_told_from_decoding() -> None:
     assert row["decode"]["tokens_per_second"] is None
 
 
+@pytest.mark.parametrize(("global_experts", "decoded", "hits"), [(None, 4, 0), (16, 8, 1)])
+def test_a_prompt_is_told_by_the_experts_of_all_ranks(global_experts: int | None, decoded: int, hits: int) -> None:
+    """32 mentions are four for each of a rank's 8 experts: a prompt, which leaves expert 0 its slot; not so of 16."""
+    head = header([(8, 2)])
+    layer = head.layers[0].model_copy(update={"global_experts": global_experts})
+    steps = [(0, [[0, 1]]), (0, [[4, 5], [6, 7]] * 8), (0, [[4, 5]])]
+    made = trace(head.model_copy(update={"layers": (layer,)}), steps)
+    (row,) = report(made, replay(made, [1]), link=None)["slots"]
+    assert (row["decode"]["queries"], row["decode"]["hits"], row["all"]["hits"]) == (decoded, hits, hits)
+
+
 def test_more_slots_never_lower_the_optimum_and_it_bounds_the_planner() -> None:
     made = Trace.load(Path(__file__).parent.parent / "examples/tiny_moe/trace.safetensors")
     replays = replay(made, range(1, 16))

@@ -78,14 +78,18 @@ def int32(values: list[int]) -> torch.Tensor:
 LAYOUT = RecordLayout({"w13_weight": ((HIDDEN, HIDDEN), torch.float32), "w2_weight": ((HIDDEN,), torch.float32)})
 
 
-def make_cache(num_slots: int, staging: Staging | None = None) -> DeviceExpertCache:
+def make_cache(num_slots: int, staging: Staging | None = None, global_experts: int | None = None) -> DeviceExpertCache:
+    slots = WeightBank.allocate(num_slots, LAYOUT, CPU)
+    if num_slots == EXPERTS:
+        for field in slots.fields.values():
+            field.copy_(torch.randn(field.shape))
+        return DeviceExpertCache(None, slots, None, OneMatrix(), EXPERTS, TOP_K, max_tokens=64)
     store = HostStore(EXPERTS, LAYOUT)
     store.device_address = store.address  # what the interpreter's kernels read is host memory
     for name in LAYOUT:
         store.field(name).copy_(torch.randn(store.field(name).shape))
     staging = staging or Staging.allocate(EXPERTS - num_slots, 2, LAYOUT, CPU)
-    slots = WeightBank.allocate(num_slots, LAYOUT, CPU)
-    return DeviceExpertCache(store, slots, staging, OneMatrix(), EXPERTS, TOP_K, max_tokens=64)
+    return DeviceExpertCache(store, slots, staging, OneMatrix(), EXPERTS, TOP_K, 64, global_experts)
 
 
 def run_and_check(
@@ -93,19 +97,24 @@ def run_and_check(
     ids: torch.Tensor,
     padding: torch.Tensor | None = None,
     forward: object | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
-    """Run a step on random rows and compare every row with its experts' own weights."""
+    """Run a step on random rows and compare every row with its experts' own weights, those of this rank."""
     tokens = len(ids)
     hidden = torch.randn(tokens, HIDDEN)
     output = torch.full((tokens, HIDDEN), torch.nan)
     rows = torch.full((tokens * TOP_K, HIDDEN), torch.nan)
     buffers = Buffers(rows.new_empty(0), rows.new_empty(0), rows)
-    cache.step(hidden, torch.ones(tokens, TOP_K), ids, output, buffers, False, padding, None, forward)
-    weight, bias = cache.store.field("w13_weight"), cache.store.field("w2_weight")
+    cache.step(hidden, torch.ones(tokens, TOP_K), ids, output, buffers, False, padding, expert_map, forward)
+    fields = cache.slot_bank.fields if cache.store is None else {name: cache.store.field(name) for name in LAYOUT}
+    weight, bias = fields["w13_weight"], fields["w2_weight"]
+    if expert_map is not None:
+        ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)])
     for token in range(tokens):
-        wanted = torch.stack([hidden[token] @ weight[e] + bias[e] for e in ids[token].tolist()]).sum(0)
-        is_padding = padding is not None and padding[token]
-        assert torch.equal(output[token], torch.zeros(HIDDEN) if is_padding else wanted)
+        rows = [hidden[token] @ weight[e] + bias[e] if e >= 0 else torch.zeros(HIDDEN) for e in ids[token].tolist()]
+        # With all experts resident a row that pads is computed like any other; nobody reads it.
+        is_padding = cache.table is not None and padding is not None and padding[token]
+        assert torch.equal(output[token], torch.zeros(HIDDEN) if is_padding else torch.stack(rows).sum(0))
 
 
 def distinct_ids(tokens: int, experts: int = EXPERTS) -> torch.Tensor:
@@ -155,6 +164,31 @@ def test_rows_are_computed_from_their_own_experts(num_slots: int) -> None:
     assert not any(cache.counts().values())
 
 
+@pytest.mark.parametrize("num_slots", [3, EXPERTS])
+def test_a_rank_computes_its_own_experts_and_no_others(num_slots: int) -> None:
+    """Every second expert of twice as many is of this rank, the first among them; ids below zero name none."""
+    torch.manual_seed(num_slots)
+    cache = make_cache(num_slots, global_experts=2 * EXPERTS)
+    expert_map = torch.full((2 * EXPERTS,), -1, dtype=torch.int32)
+    expert_map[::2] = torch.arange(EXPERTS, dtype=torch.int32)
+    recorded: list[torch.Tensor] = []
+    cache.record = lambda ids: recorded.append(ids.clone())
+    for tokens in (1, 5, 20, 40):
+        ids, padding = distinct_ids(tokens, 2 * EXPERTS), torch.rand(tokens) < 0.3
+        ids[0, 1] = -1
+        run_and_check(cache, ids, padding, Forward(), expert_map)
+        local = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)])
+        assert torch.equal(recorded.pop(), torch.where(padding.unsqueeze(1), -1, local))
+
+
+def test_layers_prefetch_from_four_mentions_of_an_expert_of_all_ranks_on() -> None:
+    staging = Staging.allocate(9, 2, LAYOUT, CPU)
+    alone = make_cache(3, staging)
+    of_two_ranks = make_cache(3, staging, global_experts=2 * EXPERTS)
+    assert [alone._overlaps(pairs) for pairs in (47, 48)] == [False, True]
+    assert [of_two_ranks._overlaps(pairs) for pairs in (48, 95, 96)] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("num_slots", "staging_rows", "banks"), [(1, 11, 2), (3, 9, 2), (3, 2, 2), (2, 1, 2), (5, 3, 1)]
 )
@@ -176,7 +210,9 @@ def test_waves_and_prefetched_experts_are_computed_from_their_own_weights(
             mirror.plan_step(ids, len(mirror.prefetch()) if ahead else 0)
             run_and_check(cache, ids, forward=forward)
             assert {name: cache.counts()[name] for name in mirror.counts()} == mirror.counts()
-    assert all(layer.counts()["copied"] > layer.counts()["admitted"] + layer.counts()["staged"] for layer in layers[1:])
+    for counts in (layer.counts() for layer in layers[1:]):
+        assert counts["copied"] > counts["admitted"] + counts["staged"]
+        assert counts["h2d_bytes"] == counts["copied"] * LAYOUT.record_bytes
 
 
 def test_what_was_prefetched_for_another_pass_is_not_used() -> None:

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from plan_cases import Pair, Step, layers, random_ids, runs
 
+from vllm_hlwq.plan_kernel import _FIRST_BLOCK, _LONG_BLOCK
+
 
 @given(runs(layers(), long_steps=(70, 300)))
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -42,6 +44,16 @@ def test_misses_that_are_first_mentioned_late_are_ranked_by_mention() -> None:
     ids[1200, 1], ids[1200, 3], ids[1400, 0] = 60, 30, 20
     pair.step(Step(ids))
     assert pair.table.load_experts[4:8].tolist() == [40, 60, 30, 20]
+
+
+@pytest.mark.parametrize("tokens", [_FIRST_BLOCK, _FIRST_BLOCK + 1, _FIRST_BLOCK + _LONG_BLOCK + 1])
+def test_the_last_id_of_a_step_counts(tokens: int) -> None:
+    """Where the kernel's blocks end, and one id past their ends."""
+    pair = Pair(num_experts=64, num_slots=8, staging_rows=56, max_tokens=tokens, top_k=1)
+    ids = random_ids(tokens, 1, 0, 3, seed=0)
+    ids[-1] = 40
+    pair.step(Step(ids))
+    assert pair.table.load_experts[4].item() == 40
 
 
 def test_only_padding_changes_nothing() -> None:
