@@ -170,7 +170,8 @@ def test_autocast_changes_the_dtype_of_what_attention_gives_as_torchs_does(dtype
         plain = scaled_dot_product_attention(query, *(tensor.decode() for tensor in got), enable_gqa=True)
     assert [tensor.dtype for tensor in got] == [torch.float32, torch.bfloat16]
     assert answer.dtype == plain.dtype == torch.bfloat16
-    assert (answer - expected).abs().max() < 2**-7
+    # BF16's last place grows with the number.
+    assert ((answer - expected).abs() / expected.abs().clamp(min=1)).max() < 2**-7
 
 
 def visible(kind: str, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
