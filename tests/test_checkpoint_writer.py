@@ -121,6 +121,12 @@ def test_a_pattern_to_keep_that_matches_nothing_codable_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_patterns_that_leave_nothing_to_code_are_refused(varied_source: Path, tmp_path: Path) -> None:
+    message = refusal(varied_source, tmp_path / "out", keep=["*weight*", "*experts*"])
+    assert message == f"--keep *weight* *experts*: leaves nothing of {varied_source} to code; keep less"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_coded_model_is_not_coded_again(varied_coded: Path, tmp_path: Path) -> None:
     assert "is coded with HLWQ already" in refusal(varied_coded, tmp_path / "out")
     bare = tmp_path / "bare"  # as the published files, whose config.json may be the original's

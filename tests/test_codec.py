@@ -235,6 +235,15 @@ def test_each_refinement_lowers_the_error(kind: str) -> None:
     assert errors[2] < (0.05 if kind in {"block means", "constant", "ramp", "alternating"} else 0.0024)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_turned_round_is_coded_as_well(kind: str) -> None:
+    """A block whose far coordinates are negative gets as good a factor as one whose are positive."""
+    weight = KINDS[kind](torch.Generator().manual_seed(0))
+    coded, turned = (quantize_matrix(both, coder(), SEARCH, measure=True) for both in (weight, -weight))
+    assert torch.equal(turned.norms, coded.norms)
+    assert turned.squared_error == pytest.approx(coded.squared_error, rel=1e-6)
+
+
 def test_gaussian_error_is_the_known_one() -> None:
     weight = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0))
     error = {
@@ -256,6 +265,11 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 def test_a_norm_beyond_float16_is_refused() -> None:
     with pytest.raises(ValueError, match="beyond float16"):
         quantize_matrix(torch.full((1, 128), 1e5), coder())
+    weight = torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
+    weight /= weight.norm()
+    assert quantize_matrix(weight * 65500, coder(), NORM).norms.item() == 65504
+    with pytest.raises(ValueError, match="beyond float16"):
+        quantize_matrix(weight * 65600, coder(), NORM)
 
 
 @pytest.mark.parametrize("width", [32, 64, 128, 160, 192])

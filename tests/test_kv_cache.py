@@ -223,6 +223,13 @@ def test_causality_and_dropout_are_left_to_torch(options: dict[str, Any]) -> Non
     assert torch.equal(*answers)
 
 
+def test_one_query_for_several_sequences_is_left_to_torch() -> None:
+    got = fill(new_layer(), *states(2, 2, 200, 64), (199, 1))
+    query = torch.randn(1, 2, 1, 64)
+    expected = scaled_dot_product_attention(query, *(tensor.decode() for tensor in got))
+    assert torch.equal(scaled_dot_product_attention(query, *got), expected)
+
+
 def test_any_other_operation_gets_the_decoded_tensor() -> None:
     got, _ = fill(new_layer(), *states(2, 2, 200, 64), (199, 1))
     plain = got.decode()

@@ -106,7 +106,7 @@ def test_slots_are_parsed() -> None:
 
 @pytest.mark.parametrize("slots", [0, 6, 8])
 def test_slots_that_a_layer_cannot_have_are_refused(small: Trace, slots: int) -> None:
-    with pytest.raises(TraceError, match=f"^{slots} slots: layer.1 has 6 experts.* give 1 to 5"):
+    with pytest.raises(TraceError, match=f"^--slots {slots}: layer.1 has 6 experts; give 1 to 5"):
         replay(small, [2, slots])
 
 

@@ -286,7 +286,7 @@ def card_command(
 def simulate_command(
     trace: Annotated[Path, typer.Argument(help="File that --moe-expert-trace recorded.", show_default=False)],
     slots: Annotated[
-        str, typer.Option(help="Experts resident in each layer, as many as are to be tried, like 4,8,16.")
+        str, typer.Option(help="Experts resident in each layer, as many as are to be tried, fewer than it has: 2,4,8.")
     ],
     link: Annotated[
         str | None, typer.Option(help="Rate from host memory to the GPU, like 25GB/s, to predict tokens per second.")

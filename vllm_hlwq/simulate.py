@@ -104,8 +104,8 @@ def replay(trace: Trace, slots: Sequence[int]) -> list[Replay]:
     for count in slots:
         if not 1 <= count < fewest.experts:
             raise TraceError(
-                f"{count} slots: {fewest.name} has {fewest.experts} experts, and with all of them resident nothing is "
-                f"planned; give 1 to {fewest.experts - 1}"
+                f"--slots {count}: {fewest.name} has {fewest.experts} experts; give 1 to {fewest.experts - 1}, as with "
+                "all of them resident nothing is planned"
             )
     if trace.num_steps == 0:
         raise TraceError("the trace has no steps: no request came while it was recorded")
@@ -163,14 +163,14 @@ def tokens_of(trace: Trace) -> tuple[int, int]:
 
 
 def parse_slots(text: str) -> list[int]:
-    """Numbers of ``4,8,16``, ascending, each once.
+    """Numbers of ``2,4,8``, ascending, each once.
 
     Raises:
         TraceError: the text is no list of whole numbers.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and len(word) <= 40 for word in words):  # int() refuses thousands of digits
-        raise TraceError(f"--slots {text}: not a list of whole numbers; give one like 4,8,16")
+        raise TraceError(f"--slots {text}: not a list of whole numbers; give one like 2,4,8")
     return sorted({int(word) for word in words})
 
 

@@ -93,6 +93,8 @@ def quantize(
     coder = BlockCoder(table, BLOCK_SIZE, device or torch.device("cpu"))
     kept = _kept(source, bits, keep)
     if len(kept) == len(source.parameters):
+        if keep:
+            raise CheckpointError(f"--keep {' '.join(keep)}: leaves nothing of {source_path} to code; keep less")
         raise CheckpointError(f"{source_path}: holds no matrix to code; give the folder of a language model")
     groups = [
         plain_group(source, name) if name in kept else _coded_group(name, parameter, bits)
