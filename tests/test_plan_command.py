@@ -22,6 +22,7 @@ from vllm_hlwq.gpus import GPUS, Gpu
 from vllm_hlwq.options import ExpertCacheOptions
 from vllm_hlwq.planning import Plan, Settings
 from vllm_hlwq.served_checkpoint import model_folder
+from vllm_hlwq.sizing import graphs_captured, kv_floor_elements
 
 GIB = 2**30
 SHIPPED = Path(__file__).parent.parent / "examples/tiny_moe/model"
@@ -236,6 +237,19 @@ def test_a_gpu_gets_as_many_slots_as_fit_and_not_one_more(tiny_int4: Path) -> No
     found = planned.on(Gpu("", size, 1, ""))
     banks = planned.estimate(Gpu("", size, 1, "").usable)
     assert banks.bytes(9) <= found["granted"] < banks.bytes(10)
+
+
+def test_a_step_has_no_more_sequences_than_tokens(tiny_int4: Path) -> None:
+    step = Plan(tiny_int4, Settings(max_num_seqs=256, max_num_batched_tokens=48)).step
+    assert (step.tokens, step.sequences, step.graphs) == (48, 48, graphs_captured(48, 48))
+
+
+@pytest.mark.parametrize("tokens", [16, 48])
+def test_the_kv_floor_holds_the_tokens_of_two_steps_that_overlap(tiny_int4: Path, tokens: int) -> None:
+    planned = Plan(tiny_int4, Settings(max_num_batched_tokens=tokens, kv_floor_seqs=3, context=1024))
+    layers = planned.sizes.kv_layers
+    assert {layer.window is None for layer in layers} == {False, True}
+    assert planned.kv_floor == 3 * 2 * kv_floor_elements(layers, 1024, 2 * tokens)
 
 
 def test_what_does_not_fit_is_said(tiny_int4: Path) -> None:

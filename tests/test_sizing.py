@@ -265,6 +265,8 @@ def test_the_floor_of_a_hybrid_cache_by_hand() -> None:
     assert kv_floor_elements([sliding] * 5 + [full] * 2, 1000, 64) == wanted
     # Nearly as many of each: all groups as large as the larger kind.
     assert kv_floor_elements([sliding] * 5 + [full] * 4, 1000, 64) == 5 * 10 * 291 + 5 * 4 * 1128
+    # Half as many again is not nearly as many: groups of two.
+    assert kv_floor_elements([sliding] * 3 + [full] * 2, 1000, 64) == 4 * 10 * 291 + 2 * 4 * 1128
     assert kv_floor_elements([full] * 7, 1000, 64) == 7 * 4 * 1128
     assert kv_floor_elements([], 1000, 64) == 0
 
