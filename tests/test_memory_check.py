@@ -11,7 +11,7 @@ from engines import engine_config, start_worker
 from hypothesis import given
 from hypothesis import strategies as st
 from make_checkpoint import make_checkpoint
-from vllm.config import set_current_vllm_config
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.config.multimodal import MultiModalConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -23,11 +23,12 @@ from vllm_hlwq.checkpoint_sizes import UnknownSizes
 from vllm_hlwq.engine_sizes import device_demand, device_estimate, kv_cache_bytes, model_facts
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.memory_check import Device, Limit, check_memory, limit_of, shortage
-from vllm_hlwq.options import ExpertCacheOptions
-from vllm_hlwq.sizing import DeviceDemand, KvLayer
+from vllm_hlwq.options import KV_FLOOR_SEQS, ExpertCacheOptions
+from vllm_hlwq.sizing import GRAPH_LAYER_BYTES, GRAPHS_BYTES, DeviceDemand, KvLayer, kv_floor_elements
 from vllm_hlwq.worker import install_layers
 
 GIB = 2**30
+AUTO = ExpertCacheOptions(cache_size="auto")
 # Gemma-4-26B-A4B at 4096 tokens on 12 GiB, by hand: 30 layers, of which 5 attend globally.
 GEMMA = DeviceDemand(
     dense=4_790_313_020,
@@ -211,6 +212,31 @@ def test_tensor_parallelism_cuts_experts_and_expert_parallelism_deals_them(small
     assert dealt.banks.records == whole.banks.records
     assert dealt.banks.num_experts == 8
     assert dealt.workspace == whole.workspace
+
+
+def test_ranks_share_the_floor_as_far_as_there_are_heads(qwen3_moe_int4: Path) -> None:
+    config, found = config_of(qwen3_moe_int4), []
+    for ranks in (1, 2, 4):  # keys and values have two heads
+        config.parallel_config.tensor_parallel_size = config.parallel_config.world_size = ranks
+        found.append(device_estimate(config, AUTO, GIB).kv_cache)
+    assert found == [found[0], found[0] // 2, found[0] // 2]
+
+
+@pytest.mark.parametrize(("without_windows", "windows"), [(False, [64, 64, 64, None]), (True, [None] * 4)])
+def test_the_floor_without_vllms_hybrid_manager(small: Path, without_windows: bool, windows: list[int | None]) -> None:
+    config = config_of(small, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=8)
+    config.scheduler_config.disable_hybrid_kv_cache_manager = without_windows
+    elements = kv_floor_elements([KvLayer(128, window) for window in windows], 256, config.max_in_flight_tokens)
+    assert device_estimate(config, AUTO, GIB).kv_cache == KV_FLOOR_SEQS * elements * 2
+
+
+def test_an_eager_engine_captures_nothing(small: Path) -> None:
+    config = config_of(small)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 4]
+    for eager, graphs in ((False, GRAPHS_BYTES + 2 * 3 * 4 * GRAPH_LAYER_BYTES), (True, 0)):
+        config.model_config.enforce_eager = eager
+        assert device_estimate(config, AUTO, GIB).graphs == graphs
 
 
 def test_who_sizes_the_kv_cache_may_use_all_that_is_free(qwen3_moe_int4: Path) -> None:
