@@ -77,15 +77,20 @@ def test_prompts_are_told_from_decoding() -> None:
     assert row["decode"]["tokens_per_second"] is None
 
 
-@pytest.mark.parametrize(("global_experts", "decoded", "hits"), [(None, 4, 0), (16, 8, 1)])
-def test_a_prompt_is_told_by_the_experts_of_all_ranks(global_experts: int | None, decoded: int, hits: int) -> None:
+@pytest.mark.parametrize(("global_experts", "decoded", "queries", "hits"), [(None, 2, 3, 0), (16, 18, 7, 1)])
+def test_a_prompt_is_told_by_the_experts_of_all_ranks(
+    global_experts: int | None, decoded: int, queries: int, hits: int
+) -> None:
     """32 mentions are four for each of a rank's 8 experts: a prompt, which leaves expert 0 its slot; not so of 16."""
     head = header([(8, 2)])
     layer = head.layers[0].model_copy(update={"global_experts": global_experts})
-    steps = [(0, [[0, 1]]), (0, [[4, 5], [6, 7]] * 8), (0, [[4, 5]])]
+    # The last token's other expert is of another rank.
+    steps = [(0, [[0, 1]]), (0, [[4, 5], [6, 7]] * 8), (0, [[4, -1]])]
     made = trace(head.model_copy(update={"layers": (layer,)}), steps)
-    (row,) = report(made, replay(made, [1]), link=None)["slots"]
-    assert (row["decode"]["queries"], row["decode"]["hits"], row["all"]["hits"]) == (decoded, hits, hits)
+    found = report(made, replay(made, [1]), link=None)
+    (row,) = found["slots"]
+    assert (found["tokens"], found["decode_tokens"]) == (18, decoded)
+    assert (row["decode"]["queries"], row["decode"]["hits"], row["all"]["hits"]) == (queries, hits, hits)
 
 
 def test_more_slots_never_lower_the_optimum_and_it_bounds_the_planner() -> None:

@@ -111,10 +111,10 @@ def run_and_check(
     if expert_map is not None:
         ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)])
     for token in range(tokens):
-        rows = [hidden[token] @ weight[e] + bias[e] if e >= 0 else torch.zeros(HIDDEN) for e in ids[token].tolist()]
+        parts = [hidden[token] @ weight[e] + bias[e] if e >= 0 else torch.zeros(HIDDEN) for e in ids[token].tolist()]
         # With all experts resident a row that pads is computed like any other; nobody reads it.
         is_padding = cache.table is not None and padding is not None and padding[token]
-        assert torch.equal(output[token], torch.zeros(HIDDEN) if is_padding else torch.stack(rows).sum(0))
+        assert torch.equal(output[token], torch.zeros(HIDDEN) if is_padding else torch.stack(parts).sum(0))
 
 
 def distinct_ids(tokens: int, experts: int = EXPERTS) -> torch.Tensor:
