@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,7 @@ def test_sums_that_no_batch_changes(monkeypatch: pytest.MonkeyPatch) -> None:
         ("parallel_config", "enable_eplb", True, "remove --enable-eplb"),
         ("parallel_config", "enable_elastic_ep", True, "remove --enable-elastic-ep"),
         ("parallel_config", "enable_dbo", True, "remove --enable-dbo"),
+        ("parallel_config", "ubatch_size", 2, "remove --enable-dbo and --ubatch-size"),
         ("parallel_config", "data_parallel_size", 2, "set --data-parallel-size 2 to 1"),
         ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size 2 gives layers more"),
         ("parallel_config", "worker_cls", "some.Worker", "--worker-cls some.Worker replaces the worker"),
@@ -111,6 +113,17 @@ def test_settings_that_vllm_itself_does_not_admit_on_a_cpu(
     config = engine_config(qwen3_moe_bf16, 4)
     object.__setattr__(getattr(config, part), setting, value)
     assert remedy in refusal(lambda: check_engine_config(config, ExpertCacheOptions(cache_size=4)))
+
+
+def test_a_mask_of_padding_that_vllm_does_not_keep(qwen3_moe_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, on_cuda = engine_config(qwen3_moe_bf16, 4), False
+    platform = SimpleNamespace(is_cpu=lambda: not on_cuda, is_cuda=lambda: on_cuda, device_name="any")
+    names = {"current_platform": platform, "VLLM_MOE_SKIP_PADDING": False}
+    monkeypatch.setattr("vllm_hlwq.checks.borrow", names.__getitem__)
+    check_engine_config(config, ExpertCacheOptions(cache_size=4))  # a CPU has no captured steps
+    on_cuda = True
+    message = refusal(lambda: check_engine_config(config, ExpertCacheOptions(cache_size=4)))
+    assert message.startswith("VLLM_MOE_SKIP_PADDING=0 leaves")
 
 
 def test_a_moe_backend_for_drafts(qwen3_moe_bf16: Path) -> None:

@@ -230,6 +230,45 @@ def test_what_was_prefetched_for_another_pass_is_not_used() -> None:
     run_and_check(second, ids)
 
 
+def test_what_was_prefetched_is_not_copied_again() -> None:
+    torch.manual_seed(0)
+    staging = Staging.allocate(9, 2, LAYOUT, CPU)
+    first, second = (make_cache(3, staging) for _ in range(2))
+    ids = distinct_ids(40)
+    for _ in range(2):
+        forward = Forward()
+        run_and_check(first, ids, forward=forward)
+        run_and_check(second, ids, forward=forward)
+    forward = Forward()
+    run_and_check(first, ids, forward=forward)
+    assert second.table is not None
+    prefetched = second.table.prefetch_experts[: second.table.prefetch_count].long()
+    assert len(prefetched) == 9
+    # A second copy of them would bring these.
+    memory, records = second.store.records, second.store.records.clone()
+    memory[prefetched] = 255
+    hidden, output = torch.randn(40, HIDDEN), torch.empty(40, HIDDEN)
+    rows = torch.full((40 * TOP_K, HIDDEN), torch.nan)
+    buffers = Buffers(rows.new_empty(0), rows.new_empty(0), rows)
+    second.step(hidden, torch.ones(40, TOP_K), ids, output, buffers, False, None, None, forward)
+    memory.copy_(records)
+    weight, bias = (second.store.field(name) for name in LAYOUT)
+    for token in range(40):
+        wanted = torch.stack([hidden[token] @ weight[e] + bias[e] for e in ids[token].tolist()]).sum(0)
+        assert torch.equal(output[token], wanted)
+
+
+def test_an_only_layer_follows_no_other() -> None:
+    torch.manual_seed(0)
+    staging = Staging.allocate(9, 2, LAYOUT, CPU)
+    only, forward = make_cache(3, staging), Forward()
+    for _ in range(3):
+        run_and_check(only, distinct_ids(20), forward=forward)
+    assert staging.successor(only) is None
+    counts = only.counts()
+    assert counts["copied"] == counts["admitted"] + counts["staged"] > 0
+
+
 def test_a_step_that_breaks_off_leaves_no_expert_named_without_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache(6)
     run_and_check(cache, torch.tensor([[0, 1, 2], [3, 4, 5]]).int())
