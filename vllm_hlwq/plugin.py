@@ -1,8 +1,8 @@
 """vLLM's entry point: adds the expert-cache flags to the command line and checks the finished configuration.
 
-``register`` runs in every vLLM process and may run more than once. It touches nothing but ``EngineArgs``: the layer
-is put in place by our worker, which is only chosen when the cache is on, so that off is stock vLLM. Who names our
-benchmark routing in vLLM's own variable for simulated routing gets that registered too.
+``register`` runs in every vLLM process and may run more than once. It touches ``EngineArgs`` and vLLM's names of
+quantisations only: the layer is put in place by our worker, which is only chosen when the cache is on, so that off is
+stock vLLM. Who names our benchmark routing in vLLM's own variable for simulated routing gets that registered too.
 """
 
 from __future__ import annotations
