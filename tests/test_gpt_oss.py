@@ -9,6 +9,7 @@ import format_files
 import pytest
 import torch
 from checkpoints import NUM_EXPERTS, TOP_K
+from commands import succeeds
 from engines import LoadedModel
 from format_files import State
 from int4_format import decoded
@@ -192,3 +193,8 @@ def test_a_stack_that_does_not_fill_its_place(mxfp4: Path, tmp_path: Path, use_b
 def test_without_cuda_mxfp4_names_the_machine(mxfp4: Path) -> None:
     with pytest.raises(ExpertCacheError, match="MXFP4 experts run on vLLM's Marlin kernels, which need CUDA"):
         LoadedModel(mxfp4, TOP_K)
+
+
+def test_its_export_is_served_with_a_cache(gpt_oss_bf16: Path, tmp_path: Path) -> None:
+    said = succeeds("export", gpt_oss_bf16, tmp_path / "int4", "--group-size", 32)
+    assert said.endswith(f"Serve it: vllm serve {tmp_path / 'int4'} --moe-expert-cache-size 4\n")

@@ -172,8 +172,7 @@ def export_command(
     plan = export_int4(opened, out, wanted, search=scales is Scales.search, linears=linears, device=where)
     count = sum(len(matrices) for matrices in plan.matrices.values())
     typer.echo(f"{out}: {count} matrices in INT4, group size {plan.group_size}; read back and verified")
-    # The expert cache refuses the models whose experts have biases.
-    typer.echo(f"Serve it: vllm serve {out}{'' if plan.biases else ' --moe-expert-cache-size 4'}")
+    typer.echo(f"Serve it: vllm serve {out} --moe-expert-cache-size 4")
 
 
 @app.command("dequantize")
