@@ -332,6 +332,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "moe_layer": render_gpu.moe_layer,
     "moe_layer_steps": render_gpu.moe_layer,
     "inside_gemm": render_gpu.inside_gemm,
+    "inside_gemm_h200": render_gpu.inside_gemm,
     "serve": render_gpu.serve,
     "serve_trained": render_gpu.serve,
     **{name: throughput_block(name) for name in THROUGHPUT},
