@@ -277,6 +277,13 @@ def test_an_empty_folder_is_filled(varied_source: Path, tmp_path: Path, monkeypa
     assert contents(tmp_path / "here") == contents(tmp_path / "out")
 
 
+def test_a_folder_that_cannot_be_made_needs_another_place_not_room(varied_source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    message = refusal(varied_source, tmp_path / "file/out", shard_bytes=SHARD_BYTES)
+    assert message == f"{tmp_path}/file/out.partial: cannot be written (Not a directory); choose another folder"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB."""

@@ -174,7 +174,9 @@ def test_a_head_that_no_checkpoint_has_is_not_started_at_random(hf_folders: dict
     AutoModel.from_pretrained(hf_folders["llama"].coded)  # has fewer parameters than the checkpoint
 
 
-@pytest.mark.parametrize(("option", "value"), [("mode", "fast"), ("bits", 9), ("codebook", "D"), ("fit", "best")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("mode", "fast"), ("bits", 9), ("bits", 5.0), ("codebook", "D"), ("fit", "best")]
+)
 def test_options_are_checked(option: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"{option} is {value!r}; give one of"):
         HLWQConfig(**{option: value})

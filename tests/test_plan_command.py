@@ -242,6 +242,11 @@ def test_a_gpu_gets_as_many_slots_as_fit_and_not_one_more(tiny_int4: Path) -> No
 def test_a_step_has_no_more_sequences_than_tokens(tiny_int4: Path) -> None:
     step = Plan(tiny_int4, Settings(max_num_seqs=256, max_num_batched_tokens=48)).step
     assert (step.tokens, step.sequences, step.graphs) == (48, 48, graphs_captured(48, 48))
+    said = succeeds("plan", tiny_int4, "--max-num-batched-tokens", 48)
+    assert "steps of 48 tokens, 48 sequences" in said
+    assert "steps of 48 tokens, 9 sequences" in succeeds(
+        "plan", tiny_int4, "--max-num-batched-tokens", 48, "--max-num-seqs", 9
+    )
 
 
 @pytest.mark.parametrize("tokens", [16, 48])
@@ -250,6 +255,12 @@ def test_the_kv_floor_holds_the_tokens_of_two_steps_that_overlap(tiny_int4: Path
     layers = planned.sizes.kv_layers
     assert {layer.window is None for layer in layers} == {False, True}
     assert planned.kv_floor == 3 * 2 * kv_floor_elements(layers, 1024, 2 * tokens)
+
+
+def test_a_context_beyond_the_model_is_said(tiny_int4: Path) -> None:
+    assert "2 sequences of 2,048 tokens: at most" in succeeds("plan", tiny_int4, "--context", 2048)
+    said = succeeds("plan", tiny_int4, "--context", 2049)
+    assert "2 sequences of 2,049 tokens (config.json says 2,048, and vllm serve may refuse more): at most" in said
 
 
 def test_what_does_not_fit_is_said(tiny_int4: Path) -> None:
@@ -283,6 +294,14 @@ def test_what_cannot_be_planned_is_refused(dense_bf16: Path, layout_models: dict
     )
     assert fails("plan", SHIPPED, "--ram", "6GiB") == (
         "--ram 6GiB: judged for the GPU of --vram, which is not given; add --vram 12GiB, say"
+    )
+    # vLLM's SchedulerConfig says the same of both.
+    assert fails("plan", SHIPPED, "--max-num-seqs", 2049) == (
+        "--max-num-seqs 2049: more than --max-num-batched-tokens 2048, which vllm serve refuses; lower the one or "
+        "raise the other"
+    )
+    assert "--max-num-seqs 65: more than --max-num-batched-tokens 64" in fails(
+        "plan", SHIPPED, "--max-num-seqs", 65, "--max-num-batched-tokens", 64
     )
     other = without_weights(layout_models["qwen3_moe"], tmp_path / "fp8")
     config = json.loads((other / "config.json").read_text())

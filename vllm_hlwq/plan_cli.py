@@ -50,8 +50,13 @@ def plan_command(
         int | None, typer.Option(min=1, help="Experts of a staging bank.", show_default=False)
     ] = None,
     max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="As of vllm serve, which takes 1024 from 70 GiB on if not told.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1,
+            help="As of vllm serve, which takes 256, or 1024 from 70 GiB on, but no more than tokens, if not told.",
+            show_default=False,
+        ),
+    ] = None,
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="As of vllm serve, which takes 8192 from 70 GiB on if not told.")
     ] = 2048,
@@ -76,12 +81,17 @@ def plan_command(
         raise CheckpointError(f"--link {link}: of the GPU of --vram, which is not given; add --vram 12GiB, say")
     if ram is not None and vram is None:
         raise CheckpointError(f"--ram {ram}: judged for the GPU of --vram, which is not given; add --vram 12GiB, say")
+    if max_num_seqs is not None and max_num_seqs > max_num_batched_tokens:
+        raise CheckpointError(
+            f"--max-num-seqs {max_num_seqs}: more than --max-num-batched-tokens {max_num_batched_tokens}, which vllm "
+            "serve refuses; lower the one or raise the other"
+        )
     rate = parse_rate(link or LINK, "--link")
     gpu = None if vram is None else Gpu("--vram", parse_bytes(vram, "--vram"), rate, "--link")
     settings = Settings(
         context=context,
         kv_floor_seqs=kv_floor_seqs,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=max_num_seqs or min(Settings.max_num_seqs, max_num_batched_tokens),
         max_num_batched_tokens=max_num_batched_tokens,
         utilization_permille=round(1000 * gpu_memory_utilization),
         ram=None if ram is None else parse_bytes(ram, "--ram"),
@@ -122,6 +132,8 @@ def show(report: dict[str, Any]) -> None:
 def summary(report: dict[str, Any]) -> list[str]:
     """What does not depend on a GPU, line by line."""
     settings = report["settings"]
+    beyond = report["context"] > report["longest"]
+    longer = f" (config.json says {report['longest']:,}, and vllm serve may refuse more)" if beyond else ""
     form = report["format"]
     if form == "HLWQ":
         form = f"HLWQ, served as its INT4 export in groups of {report['group_size']}"
@@ -130,7 +142,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         "them a token",
         f"{report['expert_bytes']:,} bytes an expert; a slot in every layer takes {mib(report['slot_bytes'])} MiB, all "
         f"experts {gib(report['all_experts_bytes'])} GiB, all else {gib(report['dense_bytes'])} GiB",
-        f"KV cache of {settings['kv_floor_seqs']} sequences of {report['context']:,} tokens: at most "
+        f"KV cache of {settings['kv_floor_seqs']} sequences of {report['context']:,} tokens{longer}: at most "
         f"{gib(report['kv_floor_bytes'])} GiB; steps of {settings['max_num_batched_tokens']:,} tokens, "
         f"{settings['max_num_seqs']} sequences",
     ]

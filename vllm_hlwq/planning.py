@@ -205,6 +205,7 @@ class Plan:
             "dense_bytes": self.sizes.dense_bytes,
             "kv_floor_bytes": self.kv_floor,
             "context": self.context,
+            "longest": self.model.longest,
             "settings": asdict(self.settings),
             "target": None if gpu is None else self.on(gpu),
             "gpus": [self.on(known) for known in GPUS],

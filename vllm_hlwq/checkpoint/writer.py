@@ -7,6 +7,7 @@ up again after checking them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -176,9 +177,11 @@ class FolderWriter:
     def _failed(self, path: Path, error: OSError) -> CheckpointError:
         # The record of progress is written for the sake of a shard, which is what a user knows of.
         known = error.filename not in (None, str(self.work / _PROGRESS))
+        remedy = "make room or choose another folder, then run the same command: finished shards are kept"
+        if not self.work.is_dir() and error.errno != errno.ENOSPC:
+            remedy = "choose another folder"
         return CheckpointError(
-            f"{error.filename if known else path}: cannot be written ({error.strerror or error}); "
-            "make room or choose another folder, then run the same command: finished shards are kept"
+            f"{error.filename if known else path}: cannot be written ({error.strerror or error}); {remedy}"
         )
 
     @property

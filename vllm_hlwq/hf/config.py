@@ -58,9 +58,10 @@ class HLWQConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"HLWQConfig: modules_to_not_convert is {parts!r}; give a list of parts of names, as ['lm_head']"
             )
         for option, choices in CHOICES.items():
-            if getattr(self, option) not in choices:
+            value = getattr(self, option)
+            if value not in choices or isinstance(value, float):
                 listed = ", ".join(str(choice) for choice in choices if choice is not None)
-                raise CheckpointError(f"HLWQConfig: {option} is {getattr(self, option)!r}; give one of {listed}")
+                raise CheckpointError(f"HLWQConfig: {option} is {value!r}; give one of {listed}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
