@@ -104,3 +104,17 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'HLWQCatalogue'"):
         vllm_hlwq.HLWQCatalogue  # noqa: B018
+
+
+def test_a_transformers_that_loads_otherwise_is_refused_and_not_misread() -> None:
+    """As from 5.21 on, without the hook that a quantizer is first called by; vLLM allows no such version yet."""
+    code = (
+        "from transformers.quantizers.base import HfQuantizer\ndel HfQuantizer.update_tp_plan\nimport vllm_hlwq\n"
+        "from transformers import AutoModelForCausalLM, __version__\n"
+        f"try:\n    AutoModelForCausalLM.from_pretrained({str(MODEL)!r})\n"
+        "except vllm_hlwq.errors.CheckpointError as error:\n    print(str(error).replace(__version__, 'X'))"
+    )
+    assert run(code) == (
+        "transformers X loads models in a way that vllm-hlwq does not know; "
+        "pip install 'transformers>=5.16.1,<5.21', or use `hlwq dequantize`"
+    )

@@ -19,6 +19,10 @@ from ..errors import CheckpointError
 
 LOADER = "convert_and_load_state_dict_in_model"
 PARAMETERS = ("model", "state_dict", "load_config")
+HOOK = "update_tp_plan"
+"""Of transformers' quantizers: what they are told first. Gone from 5.21 on, where coded experts load otherwise too."""
+KNOWN_TRANSFORMERS = "transformers>=5.16.1,<5.21"
+"""What vLLM 0.32 and 0.33 allow."""
 _REMEDY = "download the checkpoint again, or give the 16-bit model with HLWQConfig(base_model=...)"
 
 
@@ -42,14 +46,16 @@ def install() -> None:
         CheckpointError: the installed transformers loads models in another way.
     """
     from transformers import __version__, modeling_utils
+    from transformers.quantizers.base import HfQuantizer
 
     load = getattr(modeling_utils, LOADER, None)
     if hasattr(load, "hlwq"):
         return
-    if load is None or not set(PARAMETERS) <= set(inspect.signature(load).parameters):
+    hooked = hasattr(HfQuantizer, HOOK)
+    if load is None or not hooked or not set(PARAMETERS) <= set(inspect.signature(load).parameters):
         raise CheckpointError(
             f"transformers {__version__} loads models in a way that vllm-hlwq does not know; "
-            "install a version that its pyproject.toml names, or use `hlwq dequantize`"
+            f"pip install '{KNOWN_TRANSFORMERS}', or use `hlwq dequantize`"
         )
 
     @wraps(load)

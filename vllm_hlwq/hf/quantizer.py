@@ -27,6 +27,9 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     Args:
         quantization_config: what the checkpoint and the user say.
         pre_quantized: whether the checkpoint says that it is coded.
+
+    Raises:
+        CheckpointError: the installed transformers loads models in another way.
     """
 
     requires_calibration = False
@@ -34,6 +37,9 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     pre_quantized: bool
 
     def __init__(self, quantization_config: HLWQConfig, **kwargs: Any) -> None:
+        from . import loading
+
+        loading.install()
         super().__init__(copy(quantization_config), **kwargs)
         self._source: HlwqSource | None = None
         self._plan: CodingPlan | None = None
@@ -75,9 +81,8 @@ class HLWQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from . import coding_plan, loading, on_the_fly
+        from . import coding_plan, on_the_fly
 
-        loading.install()
         if not self.pre_quantized:
             self._to_code = on_the_fly.weights_to_code(model, self.quantization_config)
             if not self._to_code:
