@@ -84,6 +84,9 @@ def test_a_store_that_was_converted_in_place_serves_another_cache_as_it_is() -> 
     assert again.device_address == address  # and MemoryLock, like CUDA, refuses to lock memory twice
 
 
-def test_a_store_is_not_relabelled_with_records_of_another_size() -> None:
+@pytest.mark.parametrize("words", [1000, 52, 60])
+def test_a_store_is_not_relabelled_with_records_of_another_size(words: int) -> None:
+    """Of 224 bytes: smaller ones would be looked for in other places than they have."""
+    assert RAW.record_bytes == 224
     with pytest.raises(ValueError, match="cannot hold"):
-        HostStore(EXPERTS, RAW).relabel(RecordLayout({"w": ((1000,), torch.int32)}))
+        HostStore(EXPERTS, RAW).relabel(RecordLayout({"w": ((words,), torch.int32)}))

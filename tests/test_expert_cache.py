@@ -237,6 +237,21 @@ def test_all_tokens_to_one_expert_is_one_query() -> None:
     }  # fmt: skip
 
 
+def test_a_plan_stays_as_it_is_when_the_next_step_moves_the_table() -> None:
+    table = SlotTable(num_experts=4, num_slots=1, staging_rows=3)
+    plan = table.plan_step(ids([2]))
+    table.plan_step(ids([3]))
+    assert plan.slot_of_expert.tolist() == [EMPTY, EMPTY, 0, EMPTY]
+    assert table.slot_of_expert.tolist() == [EMPTY, EMPTY, EMPTY, 0]
+
+
+def test_as_many_slots_as_experts_need_no_staging() -> None:
+    table = SlotTable(num_experts=4, num_slots=4, staging_rows=0)
+    plan = table.plan_step(ids([3, 0], [1, 2]))
+    assert plan.resident.tolist() == [0, 1, 2, 3]
+    assert table.counts()["waves"] == 1
+
+
 def test_reset_forgets_everything() -> None:
     table = SlotTable(num_experts=8, num_slots=2, staging_rows=1)
     table.plan_step(ids([1, 2, 3]))

@@ -96,6 +96,20 @@ def test_asymmetric_groups_reach_from_their_smallest_weight_to_their_largest(tmp
         assert (error <= scale.unsqueeze(-1) * (0.5 + 15 * 2**-8)).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+)
+def test_scales_are_of_16_bits(tmp_path: Path, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Float32 weights are quantised as the BF16 ones that vLLM would make of them."""
+    tensors = {name: (1.003 * tensor.float()).to(dtype) for name, tensor in experts(64).items()}
+    export_int4(folder(tmp_path / "model", tensors), tmp_path / "out", 32)
+    state = weights(tmp_path / "out")
+    for name, tensor in tensors.items():
+        assert state[name.replace("weight", "weight_scale")].dtype == stored
+        assert_nearest(state, name.removesuffix("weight"), tensor.to(stored), 32)
+
+
 def test_linears_outside_the_experts(tmp_path: Path) -> None:
     attention = "layers.0.self_attn"
     tensors = {
@@ -124,6 +138,20 @@ def test_linears_outside_the_experts(tmp_path: Path) -> None:
     assert config["quantization_config"]["ignore"] == sorted(
         {name.removesuffix(".weight") for name in tensors if ".experts." not in name} - {stem[:-1] for stem in stems}
     )
+
+
+@pytest.mark.parametrize(("outputs", "fits"), [(192, True), (96, False)])
+def test_latent_projections_become_int4_both_or_neither(tmp_path: Path, outputs: int, fits: bool) -> None:
+    """vLLM makes one layer of the first projections of queries and of keys; Marlin takes no 96 outputs."""
+    attention = "layers.0.self_attn"
+    projections = {"q_a_proj": 128, "kv_a_proj_with_mqa": outputs, "o_proj": 128}
+    tensors = {f"{attention}.{name}.weight": random(out, 128) for name, out in projections.items()}
+    export_int4(folder(tmp_path / "model", experts(128) | tensors), tmp_path / "out", linears=True)
+    together = {f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"}
+    stems = {stem for stem in Int4Source(tmp_path / "out").stems if ".experts." not in stem}
+    assert stems == {f"{attention}.o_proj."} | {f"{module}." for module in together if fits}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert set(config["quantization_config"]["ignore"]) == {"lm_head"} | (set() if fits else together)
 
 
 @pytest.mark.parametrize("width", [64, 128], ids=["told by down_proj", "told by gate_up_proj"])

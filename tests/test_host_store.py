@@ -29,6 +29,31 @@ def test_fields_are_aligned_and_do_not_overlap(fields: dict) -> None:
     assert end <= layout.record_bytes < end + FIELD_ALIGNMENT
 
 
+def test_fields_begin_at_multiples_of_16_bytes() -> None:
+    """The widest load of a GPU thread, which the gather kernel counts on."""
+    layout = RecordLayout(
+        {
+            "w13_weight": ((3,), torch.uint8),
+            "w13_scale": ((5,), torch.int32),
+            "w2_weight": ((2, 4), torch.bfloat16),
+            "w2_scale": ((), torch.float32),
+        }
+    )
+    assert [field.offset for field in layout.values()] == [0, 16, 48, 64]
+    assert layout.record_bytes == 80
+
+
+def test_layouts_are_alike_only_with_equal_names_shapes_and_dtypes() -> None:
+    def key(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> object:
+        return RecordLayout({"w13_weight": ((4, 8), torch.int32), name: (shape, dtype)}).key()
+
+    first = key("w2_weight", (2, 6), torch.float16)
+    assert first == key("w2_weight", (2, 6), torch.float16)
+    assert first != key("w2_weight", (6, 2), torch.float16)
+    assert first != key("w2_weight", (2, 6), torch.bfloat16)
+    assert first != key("w2_scale", (2, 6), torch.float16)
+
+
 @given(shapes, st.integers(1, 5), st.data())
 @settings(deadline=None)
 def test_a_load_brings_exactly_that_experts_fields(fields: dict, num_experts: int, data: st.DataObject) -> None:
@@ -44,6 +69,14 @@ def test_a_load_brings_exactly_that_experts_fields(fields: dict, num_experts: in
     for name in fields:
         for row, expert in enumerate(experts):
             assert torch.equal(bank.fields[name][row], store.field(name)[expert])
+
+
+@pytest.mark.parametrize(("experts", "rows"), [([1, 2], [0]), ([1], [0, 1])])
+def test_experts_without_a_row_each_are_not_loaded(experts: list[int], rows: list[int]) -> None:
+    store = HostStore(3, RecordLayout({"w13_weight": ((2, 4), torch.bfloat16)}))
+    bank = WeightBank.allocate(2, store.layout, torch.device("cpu"))
+    with pytest.raises(ValueError, match="zip"):
+        bank.load(store, torch.tensor(experts), torch.tensor(rows))
 
 
 def test_a_store_is_zero_and_a_resident_bank_on_the_cpu_is_the_store_itself() -> None:

@@ -12,7 +12,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationScheme
 
 from vllm_hlwq import int4_checkpoint, int4_cpu
-from vllm_hlwq.int4_checkpoint import SCALE_FRACTIONS, dequantize_weight, int4_arguments, quantize_weight
+from vllm_hlwq.int4_checkpoint import (
+    SCALE_FRACTIONS,
+    dequantize_weight,
+    int4_arguments,
+    quantize_weight,
+    search_scale,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,15 @@ def test_an_all_zero_group_stays_zero() -> None:
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="group size 64 does not divide 96"):
         quantize_weight(torch.zeros(8, 96, dtype=torch.bfloat16), int4_arguments(64, True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_weight_that_is_not_finite_is_refused(value: float, symmetric: bool) -> None:
+    weight = torch.ones(8, 64, dtype=torch.bfloat16)
+    weight[5, 40] = value
+    with pytest.raises(ValueError, match="holds NaN or inf"):
+        quantize_weight(weight, int4_arguments(32, symmetric))
 
 
 def test_a_scale_that_underflows_keeps_its_group_near_zero() -> None:
@@ -100,6 +115,22 @@ def test_the_scale_that_is_found_has_the_least_error(size: int) -> None:
     chosen = errors.gather(1, best.unsqueeze(1)).squeeze(1)
     assert torch.allclose(chosen, errors.amin(1), rtol=1e-6, atol=0)
     assert len(best.unique()) > 3
+
+
+def test_scales_are_judged_as_they_are_stored() -> None:
+    """Rounding to BF16 moves a scale by up to 1 in 256, enough to make another fraction the best."""
+    groups = torch.randn(200, 2, 32, generator=torch.Generator().manual_seed(0))
+    scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+    candidates = (scale.float().unsqueeze(-1) * torch.tensor(SCALE_FRACTIONS)).bfloat16()
+
+    def error(stored: torch.Tensor) -> torch.Tensor:
+        wide = stored.double().unsqueeze(-1)
+        codes = (groups.unsqueeze(2) / stored.float().unsqueeze(-1)).round().clamp(-8, 7)
+        return (codes * wide - groups.double().unsqueeze(2)).square().sum(-1)
+
+    best = search_scale(groups, scale)
+    assert best.dtype == torch.bfloat16
+    torch.testing.assert_close(error(best.unsqueeze(-1)).squeeze(-1), error(candidates).amin(-1), rtol=1e-6, atol=0)
 
 
 def test_of_equally_good_scales_the_first_is_taken() -> None:

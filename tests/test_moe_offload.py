@@ -15,6 +15,7 @@ from vllm_hlwq.checkpoint.dequantize import dequantize, open_source
 from vllm_hlwq.checkpoint.export import export_int4
 from vllm_hlwq.checkpoint.int4_source import Int4Source
 from vllm_hlwq.checkpoint.quantize import quantize
+from vllm_hlwq.host_store import HostStore, RecordLayout
 
 FORMATS = {
     "bf16": None,
@@ -140,6 +141,18 @@ def test_all_layers_share_one_staging_bank_and_hold_no_parameter(qwen3_moe_bf16:
     assert [list(layer.named_parameters()) for layer in layers] == [[], []]
 
 
+def test_a_layer_of_another_shape_has_a_staging_bank_of_its_own(qwen3_moe_bf16: Path) -> None:
+    layer = LoadedModel(qwen3_moe_bf16, 4).runners[1].routed_experts
+    layout, shared = layer.expert_cache.store.layout, layer.expert_cache.staging_bank
+    assert layer._staging_bank(HostStore(NUM_EXPERTS, layout), torch.device("cpu")) is shared
+    turned = RecordLayout({name: ((*field.shape[::-1], 1), field.dtype) for name, field in layout.items()})
+    bank = layer._staging_bank(HostStore(NUM_EXPERTS, turned), torch.device("cpu"))
+    assert bank is not shared
+    assert {name: tensor.shape[1:] for name, tensor in bank.fields.items()} == {
+        name: field.shape for name, field in turned.items()
+    }
+
+
 def test_with_every_expert_resident_nothing_is_planned(qwen3_moe_bf16: Path) -> None:
     loaded = LoadedModel(qwen3_moe_bf16, NUM_EXPERTS)
     run_all(loaded)
@@ -162,6 +175,13 @@ def test_padding_ids_are_no_expert(qwen3_moe_bf16: Path) -> None:
     alone = torch.empty(1, 128, dtype=torch.bfloat16)
     cache.step(hidden[2:], weights[2:, 1:], ids[2:, 1:], alone)
     torch.testing.assert_close(output[2:], alone)
+
+
+def test_made_up_weights_are_served_like_a_checkpoint_s(qwen3_moe_bf16: Path) -> None:
+    expected = run_all(LoadedModel(qwen3_moe_bf16, NUM_EXPERTS, load_format="dummy"))
+    assert all(output.isfinite().all() and output.any() for output in expected)
+    outputs = run_all(LoadedModel(qwen3_moe_bf16, 2, load_format="dummy"))
+    assert all(torch.equal(output, wanted) for output, wanted in zip(outputs, expected, strict=True))
 
 
 def test_a_correction_of_the_routers_choice_is_no_experts_weight(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_hlwq import host_store, pinned_memory
 from vllm_hlwq.cudart import CudaError
 from vllm_hlwq.errors import ExpertCacheError
 from vllm_hlwq.expert_loading import LOCKING_THREADS, ExpertLoading
@@ -264,6 +265,21 @@ def test_memory_of_a_node_is_preferred_where_the_system_lets_us() -> None:
         pytest.skip("this system forbids mbind")
     line = next(line for line in NUMA_MAPS.read_text().splitlines() if line.startswith(f"{region.address:x} "))
     assert line.split()[1] == "prefer:0"
+
+
+def test_memory_near_the_device_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoDevices:
+        def pci_id(self, index: int) -> str:
+            return f"0000:{index}7:00.0"
+
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(host_store, "CudaRuntime", TwoDevices)
+    monkeypatch.setattr(host_store, "device_numa_node", {"0000:07:00.0": 4, "0000:17:00.0": 5}.get)
+    monkeypatch.setattr(pinned_memory, "prefer_node", lambda *arguments: asked.append(arguments))
+    store = HostStore(3, LAYOUT, torch.device("cuda", 1))
+    assert asked == [(store.address, store.nbytes, 5)]
+    HostStore(3, LAYOUT, torch.device("cpu"))
+    assert len(asked) == 1
 
 
 def test_a_node_that_cannot_be_preferred_is_no_failure() -> None:

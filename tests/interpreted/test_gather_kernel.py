@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from random_experts import as_bytes, filled_store, layouts, load_cases, poisoned_bank, same_bytes
 
 from vllm_hlwq.gather_kernel import Gather
-from vllm_hlwq.host_store import RecordLayout
+from vllm_hlwq.host_store import HostStore, RecordLayout
 from vllm_hlwq.weight_bank import WeightBank
 
 CPU = torch.device("cpu")
@@ -44,6 +44,26 @@ def test_calls_with_offsets_fill_a_bank_again_and_again() -> None:
         gather(store.address, experts, rows, count, first)
         for name in layout:
             assert torch.equal(as_bytes(bank.fields[name]), as_bytes(store.field(name)[expected]))
+
+
+def test_records_past_four_gigabytes_are_found() -> None:
+    """In 32 bits the last record would lie where that of expert 1 does. Most of the store is never touched."""
+    layout = RecordLayout({"w13_weight": ((2**14,), torch.int32)})
+    store = HostStore(2**16 + 2, layout)
+    store.field("w13_weight")[-1] = torch.arange(2**14, dtype=torch.int32)
+    bank = poisoned_bank(1, layout)
+    Gather(layout, bank, chunk_bytes=2**16)(store.address, int32([2**16 + 1]), int32([0]), int32([1]))
+    assert torch.equal(bank.fields["w13_weight"], store.field("w13_weight")[-1:])
+
+
+def test_a_bank_that_begins_between_16_bytes_is_filled_whole() -> None:
+    layout = RecordLayout({"w13_weight": ((40, 8), torch.int32)})
+    store = filled_store(3, layout)
+    words = torch.zeros(2 * 40 * 8 + 1, dtype=torch.int32)
+    bank = WeightBank({"w13_weight": words[1:].view(2, 40, 8)})
+    Gather(layout, bank)(store.address, int32([2, 0]), int32([0, 1]), int32([2]))
+    assert torch.equal(bank.fields["w13_weight"], store.field("w13_weight")[[2, 0]])
+    assert words[0] == 0
 
 
 @pytest.mark.parametrize(
