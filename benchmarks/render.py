@@ -20,7 +20,7 @@ import render_gpu
 import render_hlwq
 import throughput_report
 from kv_cache_bars import kv_bars
-from render_throughput import throughput
+from render_throughput import over_roofline, throughput
 from soak_report import soak
 
 from vllm_hlwq.plan_cli import GPU_COLUMNS, NOTE, gpu_rows
@@ -323,6 +323,16 @@ def throughput_block(name: str) -> Callable[[dict[str, Any]], str]:
     return render_result
 
 
+def gemma_over_roofline(result: dict[str, Any]) -> str:
+    """Of the shape of which one layer has been taken apart."""
+    steps = result_of("moe_layer_steps")
+    sources = "".join(
+        f"{render_gpu.card(found['environment'])}; made by `benchmarks/{program}`{end}"
+        for found, program, end in ((result, "throughput.py", ". "), (steps, "moe_layer.py --parts plan layer", ".)\n"))
+    )
+    return f"{over_roofline(result, steps['layer'])}({sources}"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiny_moe": tiny_moe,
     "load_memory": load_memory,
@@ -336,6 +346,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve": render_gpu.serve,
     "serve_trained": render_gpu.serve,
     **{name: throughput_block(name) for name in THROUGHPUT},
+    "over_roofline": gemma_over_roofline,
     "gpu_acceptance": render_gpu.gpu_acceptance,
     "gpu_acceptance_h100": render_gpu.gpu_acceptance,
     "gpu_acceptance_slower_link": render_gpu.gpu_acceptance,
@@ -352,7 +363,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-SAME_RESULT = {"gpu_speed": "gpu_acceptance"}
+SAME_RESULT = {"gpu_speed": "gpu_acceptance", "over_roofline": "throughput_gemma4_measured_locality"}
 
 
 def result_of(name: str) -> dict[str, Any]:

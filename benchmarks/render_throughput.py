@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 MIB = 2**20
 OFFLOADING = ("uva:marlin", "prefetch:marlin")
 RESIDENT = "resident:marlin"
@@ -103,3 +105,33 @@ def number(value: float | None, form: str) -> str:
 
 def at_size(row: dict[str, Any]) -> str:
     return "" if row["cache_size"] is None else f" at {row['cache_size']}"
+
+
+def over_roofline(result: dict[str, Any], one_layer: dict[str, Any]) -> str:
+    """How much of what steps take beyond the roofline one layer alone takes too, with as many misses.
+
+    Args:
+        result: of ``throughput.py``, a GPU's.
+        one_layer: of ``moe_layer.py``, the part ``layer``, of the same shape.
+    """
+    ran = [row for row in result["rows"] if row["status"] == "ok"]
+    overheads: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for row in one_layer["rows"]:
+        overheads.setdefault((row["tokens"], row["slots"]), []).append((row["misses"], row["overhead_us"]))
+    lines = ""
+    for (batch, slots), points in sorted(overheads.items()):
+        caches = [row for row in ran if (row["configuration"], row["cache_size"]) == ("cache", slots)]
+        found = measured(ran, "cache", slots, batch)
+        if found is None or not found["decode_hit_rate"]:
+            continue
+        layers = caches[0]["expert_cache"]["layers"]
+        misses = found["decode_bytes_per_step"] / caches[0]["expert_cache"]["record_bytes"] / layers
+        over = found["step_milliseconds"] - found["predicted_step_milliseconds"]
+        explained = layers * float(np.interp(misses, *zip(*sorted(points), strict=True))) / 1e3
+        lines += f"| {batch} | {slots} | {misses:.1f} | {over:.2f} | {explained:.2f} | {explained / over:.0%} |\n"
+    return (
+        "Milliseconds of a step beyond the roofline, and beyond resident layer and link in all layers, if each takes "
+        "what one takes alone with as many misses.\n\n"
+        "| requests | slots | misses a layer | over, ms | one layer says, ms | share |\n"
+        f"|---|---|---|---|---|---|\n{lines}\n"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from render_throughput import throughput
+from render_throughput import over_roofline, throughput
 
 
 def row(name: str, size: int | None, speed: float, prefill: float, **figures: Any) -> dict[str, Any]:
@@ -49,3 +49,15 @@ def test_without_stock_there_are_no_ratios() -> None:
     alone = throughput({"rows": RESULT["rows"][:1]}).splitlines()
     assert "| 4 | 200.0 |  |  |  |  | 25% | 3.0 | 40.00 | 30.00 |" in alone
     assert "| cache | 4 | 300 |" in alone
+
+
+def test_what_one_layer_explains_of_a_step_over_the_roofline() -> None:
+    """2 layers of 3 misses each, between 2 misses that take 10 us and 4 that take 30: 2 x 20 us of 10 ms over 30."""
+    found = cache(4, 200.0, 0.3, 0.25, 0) | {"expert_cache": {"layers": 2, "record_bytes": 1000}}
+    found["measurements"][0]["decode_bytes_per_step"] = 6000
+    everything = cache(8, 400.0, 0.3, None, 0) | {"expert_cache": {"layers": 2, "record_bytes": 1000}}
+    layer = [{"tokens": 8, "slots": 4, "misses": misses, "overhead_us": us} for misses, us in ((4, 30.0), (2, 10.0))]
+    others = [{"tokens": tokens, "slots": slots, "misses": 0, "overhead_us": 1.0} for tokens, slots in ((1, 4), (8, 8))]
+    lines = over_roofline({"rows": [found, everything]}, {"rows": layer + others}).splitlines()
+    assert [line for line in lines if line.startswith("| 8")] == ["| 8 | 4 | 3.0 | 10.00 | 0.04 | 0% |"]
+    assert not any(line.startswith("| 1 ") for line in lines)
