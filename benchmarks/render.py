@@ -326,11 +326,11 @@ def throughput_block(name: str) -> Callable[[dict[str, Any]], str]:
 def gemma_over_roofline(result: dict[str, Any]) -> str:
     """Of the shape of which one layer has been taken apart."""
     steps = result_of("moe_layer_steps")
-    sources = "".join(
-        f"{render_gpu.card(found['environment'])}; made by `benchmarks/{program}`{end}"
-        for found, program, end in ((result, "throughput.py", ". "), (steps, "moe_layer.py --parts plan layer", ".)\n"))
+    return (
+        f"{over_roofline(result, steps['layer'])}"
+        f"({render_gpu.card(result['environment'])}; made by `benchmarks/throughput.py`. "
+        f"{render_gpu.card(steps['environment'])}; made by `benchmarks/moe_layer.py --parts plan layer`.)\n"
     )
-    return f"{over_roofline(result, steps['layer'])}({sources}"
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -120,12 +120,11 @@ def over_roofline(result: dict[str, Any], one_layer: dict[str, Any]) -> str:
         overheads.setdefault((row["tokens"], row["slots"]), []).append((row["misses"], row["overhead_us"]))
     lines = ""
     for (batch, slots), points in sorted(overheads.items()):
-        caches = [row for row in ran if (row["configuration"], row["cache_size"]) == ("cache", slots)]
-        found = measured(ran, "cache", slots, batch)
-        if found is None or not found["decode_hit_rate"]:
+        row, found = of(ran, "cache", slots), measured(ran, "cache", slots, batch)
+        if row is None or found is None or found["decode_hit_rate"] is None:
             continue
-        layers = caches[0]["expert_cache"]["layers"]
-        misses = found["decode_bytes_per_step"] / caches[0]["expert_cache"]["record_bytes"] / layers
+        layers = row["expert_cache"]["layers"]
+        misses = found["decode_bytes_per_step"] / row["expert_cache"]["record_bytes"] / layers
         over = found["step_milliseconds"] - found["predicted_step_milliseconds"]
         explained = layers * float(np.interp(misses, *zip(*sorted(points), strict=True))) / 1e3
         lines += f"| {batch} | {slots} | {misses:.1f} | {over:.2f} | {explained:.2f} | {explained / over:.0%} |\n"

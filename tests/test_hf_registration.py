@@ -116,5 +116,5 @@ def test_a_transformers_that_loads_otherwise_is_refused_and_not_misread() -> Non
     )
     assert run(code) == (
         "transformers X loads models in a way that vllm-hlwq does not know; "
-        "pip install 'transformers>=5.16.1,<5.21', or use `hlwq dequantize`"
+        "pip install 'transformers>=5.16.1,<5.20', or use `hlwq dequantize`"
     )

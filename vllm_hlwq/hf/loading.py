@@ -21,8 +21,8 @@ LOADER = "convert_and_load_state_dict_in_model"
 PARAMETERS = ("model", "state_dict", "load_config")
 HOOK = "update_tp_plan"
 """Of transformers' quantizers: what they are told first. Gone from 5.21 on, where coded experts load otherwise too."""
-KNOWN_TRANSFORMERS = "transformers>=5.16.1,<5.21"
-"""What vLLM 0.32 and 0.33 allow."""
+KNOWN_TRANSFORMERS = "transformers>=5.16.1,<5.20"
+"""What vLLM 0.32 and 0.33 both allow; 0.33 also 5.20, with which HLWQ works too."""
 _REMEDY = "download the checkpoint again, or give the 16-bit model with HLWQConfig(base_model=...)"
 
 
